@@ -1,0 +1,593 @@
+"""Chapter 4: PPO on macro actions, beside PPO on tokens.
+
+PPO samples responses, scores them, asks which actions were better than expected, and makes those likelier. In
+RLHF an action has always been one token, so that a score that arrives after 80 tokens has to be explained
+through 80 decisions. MA-RLHF explains it through a few macro actions (chapter 3). Everything but the
+advantage stays the same:
+
+    token   delta_t = r_t + gamma V(s_t+1) - V(s_t)      A_t = delta_t + gamma lam A_t+1
+    macro   delta_k = R_k + gamma V_k+1    - V_k         A_k = delta_k + gamma lam A_k+1      R_k, V_k pooled
+    from tokens
+
+Read `train` for the algorithm, then `token_gae` and `macro_gae`: their difference is the paper's idea.
+
+    python ma_ppo.py                                          # SFT, RM, then both arms and their curves:
+    minutes on a CPU python ma_ppo.py --terminations token fixed control       # with the control: token
+    level, same horizon as fixed python ma_ppo.py --terminations fixed --n 10 --sft runs/toy/sft
+    --reward_model runs/toy/reward --out runs/n10 python ma_ppo.py --task hh --data pairs.jsonl.gz          #
+    real preference pairs torchrun --nproc_per_node=2 ma_ppo.py                     # the same run on two
+    processes
+"""
+
+import copy
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import reward
+import segment
+import sft
+from segment import pool
+from sft import opt, print0
+
+
+@dataclass
+class Config(sft.Config):
+    """Settings of the PPO chapter. Values without a source were found on the toy."""
+
+    sft: str = opt("", "SFT model: policy and reference start from it; empty: OUT/sft, made if missing")
+    reward_model: str = opt("", "RM: gives the score, and the critic starts from it; empty: OUT/reward")
+    terminations: list[str] = opt(["token", "fixed"], "arms to train, one after the other; see TERMINATIONS")
+    n: int = opt(5, "tokens in a macro action of the arm `fixed` (paper: 5; code: 10)")
+    steps: int = opt(60, "PPO steps: one rollout of the whole batch, then ppo_epochs updates")
+    batch_size: int = opt(64, "responses per step, over all ranks (paper: 256)")
+    micro_batch_size: int = opt(64, "responses per forward pass and rank; changes memory, not the result")
+    lr: float = opt(5e-4, "learning rate of the policy, constant after the warm-up")
+    critic_lr: float = opt(1e-3, "learning rate of the critic")
+    warmup: int = opt(10, "steps of linear warm-up of the policy's rate; the critic learns at once")
+    gamma: float = opt(1.0, "discount per macro action (paper: 1)")
+    lam: float = opt(0.95, "GAE's lambda per macro action (paper: 0.95)")
+    beta: float = opt(0.05, "weight of the KL penalty, reward per nat (paper: 0.05)")
+    sigma: str = opt("equal", "value of a macro action: equal, last, decay or first (paper: equal)")
+    macro_reward: str = opt("sum", "reward of a macro action: sum (paper) or mean (reference code)")
+    ratio: str = opt("token", "probability ratio per token (reference code) or per macro action (paper)")
+    clip: float = opt(0.2, "PPO's clipping range, of the ratio and of the value (paper: 0.2)")
+    ppo_epochs: int = opt(1, "updates per rollout (paper: 1; then the ratio is always 1: nothing is clipped)")
+    temperature: float = opt(1.0, "of sampling, and of every log-probability")
+    top_k: int = opt(0, "sample from the k likeliest tokens only; 0: from all")
+    top_p: float = opt(1.0, "sample from the likeliest tokens that make up this probability; 1: from all")
+    no_eos_score: float = opt(-4.0, "score of a response that does not end by itself, instead of the RM's")
+
+
+@dataclass
+class Rollout:
+    """What one step knows about its B responses; padding is 0 everywhere."""
+
+    batch: sft.Batch  # tokens [B, P+T], attention [B, P+T], mask [B, T]
+    seeds: list  # B integer lists [seed, step, prompt number]
+    tokens: list  # B responses, lists of token ids without padding
+    texts: list  # B responses, decoded
+    logprobs: torch.Tensor = None  # [B, T] log pi of the tokens, under the policy that sampled them
+    ref_logprobs: torch.Tensor = None  # [B, T] the same under the reference
+    entropy: torch.Tensor = None  # [B, T] nats
+    values: torch.Tensor = None  # [B, T] critic's V(s_t), s_t the state in front of token t
+    scores: torch.Tensor = None  # [B] RM score, or no_eos_score
+    gold: list = None  # B gold scores, None where the task has none
+    starts: torch.Tensor = None  # [B, T] True where a macro action begins
+    seg: torch.Tensor = None  # [B, T] number of the macro action that each token belongs to
+    parse_fallback: float = 0.0  # share of sentences or programs that could not be parsed
+    advantages: torch.Tensor = None  # [B, T] whitened
+    returns: torch.Tensor = None  # [B, T]
+
+
+def allowed(logits, top_k, top_p):
+    """Which tokens top-k and top-p leave in the distribution.  logits: [..., V] -> BoolTensor [..., V]"""
+    keep = torch.ones_like(logits, dtype=torch.bool)  # [..., V]
+    if top_k:
+        keep &= logits >= logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
+    if top_p < 1:
+        probs, order = logits.masked_fill(~keep, -torch.inf).softmax(-1).sort(-1, descending=True)  # [..., V]
+        inside = probs.cumsum(-1) - probs < top_p  # a token stays if those before it do not yet reach top_p
+        keep &= torch.zeros_like(keep).scatter(-1, order, inside)
+    return keep
+
+
+def shaped(logits, cfg, keep=None):
+    """Log-probabilities of the one distribution that is both sampled from and scored (SPEC 6.7, 8).  [..., V]
+
+    `keep`: BoolTensor [..., V] of the allowed tokens; by default those that the logits themselves allow.
+    """
+    logits = logits / cfg.temperature  # [..., V]
+    if cfg.top_k or cfg.top_p < 1:
+        keep = allowed(logits, cfg.top_k, cfg.top_p) if keep is None else keep
+        logits = logits.masked_fill(~keep, -torch.inf)
+    return logits.log_softmax(-1)
+
+
+def draw(logprobs, uniforms):
+    """Sample by inverting the cumulative distribution.  logprobs [B, V], uniforms [B] -> LongTensor [B]"""
+    cdf = logprobs.double().exp().cumsum(-1)  # [B, V]; double: 100,000 small probabilities must add up
+    return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(1)  # [B]
+
+
+@torch.no_grad()
+def generate(model, prompts, uniforms, tokenizer, cfg):
+    """Sample a response to each prompt, token by token, reusing the keys and values of all earlier tokens.
+
+    prompts: B token lists; uniforms: float64 tensor [B, max_response], the randomness of each row. A row's
+    response depends on its own prompt and uniforms only, not on its batch. Returns B token lists, which end
+    in EOS unless cut.
+    """
+    batch = sft.make_batch(prompts, [[]] * len(prompts), tokenizer.pad_token_id, model.device)
+    tokens, attention = batch.tokens[:, :-1], batch.attention[:, :-1]  # [B, P]
+    place, cache, sampled = sft.positions(attention), None, []
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)  # [B]
+    for u in uniforms.to(model.device).T:  # [B]
+        inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": place}
+        output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        tokens = draw(shaped(output.logits[:, -1].float(), cfg), u)[:, None]  # [B, 1]
+        sampled.append(tokens)
+        done |= tokens.squeeze(1) == tokenizer.eos_token_id
+        if done.all():
+            break
+        attention = torch.cat([attention, torch.ones_like(tokens)], 1)  # [B, P+t+1]
+        place = place[:, -1:] + 1  # [B, 1]
+    rows, eos = torch.cat(sampled, 1).tolist(), tokenizer.eos_token_id
+    return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+
+
+def sample(policy, examples, step, tokenizer, cfg):
+    """1. Sample a response to each prompt, with noise seeded by (seed, step, prompt number) -> Rollout."""
+    seeds = [[cfg.seed, step, example["number"]] for example in examples]
+    uniforms = np.array([np.random.default_rng(s).random(cfg.max_response) for s in seeds])
+    uniforms = torch.tensor(uniforms)  # [B, max_response]
+    prompts, responses = [example["prompt"] for example in examples], []
+    for part in sft.micro_slices(len(prompts), cfg.micro_batch_size):
+        responses += generate(policy, prompts[part], uniforms[part], tokenizer, cfg)
+    batch = sft.make_batch(prompts, responses, tokenizer.pad_token_id, policy.device)
+    return Rollout(batch, seeds, responses, tokenizer.batch_decode(responses, skip_special_tokens=True))
+
+
+def token_logprobs(model, batch, cfg, keep=None):
+    """Log-probabilities of the response tokens, and of everything that could have stood there.
+
+    keep: BoolTensor [B, T, V] of allowed tokens; by default those that this model's own logits allow, plus
+    the sampled token, which rounding may have pushed over the edge. Returns ([B, T] masked, [B, T, V], keep).
+    """
+    logits = sft.response_logits(model, batch)  # [B, T, V]
+    if keep is None and (cfg.top_k or cfg.top_p < 1):
+        keep = allowed(logits.detach() / cfg.temperature, cfg.top_k, cfg.top_p)
+        keep = keep.scatter(-1, batch.responses[..., None], True)  # [B, T, V]
+    every = shaped(logits, cfg, keep)  # [B, T, V]
+    return every.gather(-1, batch.responses[..., None]).squeeze(-1) * batch.mask, every, keep
+
+
+@torch.no_grad()
+def judge(rollout, models, examples, tokenizer, cfg):
+    """2. Score the rollout: log-probabilities under policy and reference, values, RM scores, gold scores."""
+    names, parts = ("logprobs", "ref_logprobs", "entropy", "values", "scores"), []
+    for part in sft.micro_slices(len(examples), cfg.micro_batch_size):
+        batch = rollout.batch.rows(part)
+        logprobs, every, keep = token_logprobs(models["policy"], batch, cfg)
+        # The reference is asked about the same allowed tokens: one it does not allow would cost infinite KL.
+        ref_logprobs, _, _ = token_logprobs(models["reference"], batch, cfg, keep)
+        entropy = torch.special.entr(every.exp()).sum(-1) * batch.mask  # [B, T]
+        values = state_values(models["critic"], batch) * batch.mask  # [B, T]
+        scores = reward.last_token_scores(models["reward"], batch)  # [B]
+        parts.append((logprobs, ref_logprobs, entropy, values, scores))
+    for name, tensors in zip(names, zip(*parts, strict=True), strict=True):
+        setattr(rollout, name, torch.cat(tensors))
+    rollout.scores = torch.where(ended(rollout.batch, tokenizer), rollout.scores, cfg.no_eos_score)  # [B]
+    if cfg.task == "toy":
+        rollout.gold = [reward.gold_score(examples[i]["text"], text) for i, text in enumerate(rollout.texts)]
+
+
+def state_values(critic, batch):
+    """The critic's V(s_t), read at the token in front of response token t.  -> [B, T]"""
+    return critic(batch)[:, -batch.mask.shape[1] - 1 : -1]  # [B, T]
+
+
+def ended(batch, tokenizer):
+    """Which responses contain an EOS.  -> BoolTensor [B]"""
+    return ((batch.responses == tokenizer.eos_token_id) & batch.mask.bool()).any(1)
+
+
+def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
+    """The KL penalty at every token, plus the score at the last real one, normally the EOS (SPEC 1.3, 6.8).
+
+    scores: [B]; logprobs, ref_logprobs, mask: [B, T]; beta in reward per nat. Returns [B, T].
+    """
+    rewards = -beta * (logprobs - ref_logprobs) * mask  # [B, T], k1: unbiased for the KL of what was sampled
+    last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)  # [B, 1]
+    return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))  # [B, T]
+
+
+def macro_starts(arm, rollout, tokenizer, cfg):
+    """3. Mark where macro actions begin (chapter 3).  -> (BoolTensor [B, T], share that fell back)"""
+    mask = rollout.batch.mask
+    if arm == "fixed":
+        return segment.fixed_starts(mask, cfg.n), 0.0
+    if arm == "random":
+        seeds = [np.random.SeedSequence(seed).generate_state(1)[0] for seed in rollout.seeds]
+        return segment.random_starts(mask, seeds=seeds), 0.0
+    if arm == "perplexity":
+        return segment.perplexity_starts(mask, rollout.ref_logprobs), 0.0
+    if arm == "whole":
+        return segment.whole_starts(mask), 0.0
+    if arm in TEXT_STARTS:
+        read = [segment.token_offsets(tokenizer, tokens) for tokens in rollout.tokens]
+        texts, offsets = zip(*read, strict=True)
+        return TEXT_STARTS[arm](mask, texts, offsets)
+    return segment.token_starts(mask), 0.0  # token, and control
+
+
+@cache
+def english_parser():
+    """spaCy's parser, loaded once."""
+    return segment.spacy_parser()
+
+
+TEXT_STARTS = {
+    "parsing": lambda mask, texts, offsets: segment.parse_starts(mask, texts, offsets, english_parser()),
+    "sentence": segment.sentence_starts,
+    "word": segment.word_starts,
+    "ast": segment.ast_starts,
+}
+# control is no termination: token level with the horizon of `fixed`, lam ** (1 / n), the control of SPEC 4.
+TERMINATIONS = ("token", "fixed", "random", "perplexity", "whole", "control", *TEXT_STARTS)
+
+
+def token_gae(rewards, values, mask, gamma, lam):
+    """Advantages and returns per token (SPEC 4).
+
+    rewards, values, mask: [B, T]; gamma, lam: per token. Returns (advantages, returns), [B, T], 0 in the
+    padding.
+
+    Two tokens, gamma = 1, lam = 0.5. A_1 = 2 - 1 = 1; delta_0 = 0 + 1 - 0.5 = 0.5; A_0 = 0.5 + 0.5 * 1 = 1.
+
+    >>> token_gae(torch.tensor([[0.0, 2.0]]), torch.tensor([[0.5, 1.0]]), torch.ones(1, 2), 1.0, 0.5)
+    (tensor([[1., 1.]]), tensor([[1.5000, 2.0000]]))
+    """
+    R = torch.where(mask.bool(), rewards, 0)  # [B, T]
+    V = torch.where(mask.bool(), values, 0)  # [B, T], so V behind the last real step is 0
+    A = discounted_sum(R + gamma * shift(V) - V, gamma * lam)  # [B, T]
+    returns = A + V  # [B, T]
+    return A * mask, returns * mask
+
+
+def macro_gae(rewards, values, mask, seg, gamma, lam, sigma="equal", reward="sum"):
+    """Advantages and returns per macro action, handed to each of its tokens (SPEC 3, 4).
+
+    rewards, values, mask: [B, T]; seg: LongTensor [B, T]; gamma, lam: per macro action; sigma, reward: see
+    `pool`. Returns (advantages, returns), [B, T], 0 in the padding.
+
+    Six tokens in macro actions of 2, 3 and 1; gamma = 1, lam = 0.5; the score 3 arrives at the end.
+    R = (0 - 1, 0, 3) = (-1, 0, 3); V = (mean(1, 3), mean(0, 1, 2), 1) = (2, 1, 1);
+    delta = (-1 + 1 - 2, 0 + 1 - 1, 3 - 1) = (-2, 0, 2); A_2 = 2, A_1 = 0 + 1 = 1, A_0 = -2 + 0.5 = -1.5.
+
+    >>> rewards, values = torch.tensor([[0.0, -1, 0, 0, 0, 3]]), torch.tensor([[1.0, 3, 0, 1, 2, 1]])
+    >>> macro_gae(rewards, values, torch.ones(1, 6), torch.tensor([[0, 0, 1, 1, 1, 2]]), 1.0, 0.5)[0]
+    tensor([[-1.5000, -1.5000,  1.0000,  1.0000,  1.0000,  2.0000]])
+    """
+    R = pool(rewards, seg, mask, reward)  # [B, K]
+    V = pool(values, seg, mask, sigma)  # [B, K], so V behind the last macro action is 0
+    A = discounted_sum(R + gamma * shift(V) - V, gamma * lam)  # [B, K]
+    returns = A + V  # [B, K]
+    return A.gather(1, seg) * mask, returns.gather(1, seg) * mask
+
+
+def shift(x):
+    """Every column replaced by the one after it, the last by 0.  [B, N] -> [B, N]"""
+    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1)  # [B, N]
+
+
+def discounted_sum(x, factor):
+    """y_i = x_i + factor * y_{i+1} along each row.  [B, N] -> [B, N]"""
+    y = torch.zeros_like(x)  # [B, N]
+    running = torch.zeros_like(x[:, 0]) if x.shape[1] else None  # [B]
+    for i in reversed(range(x.shape[1])):
+        running = x[:, i] + factor * running
+        y[:, i] = running
+    return y
+
+
+def credit(arm, rollout, tokenizer, cfg):
+    """3.-5. Segment the responses, assign rewards, estimate advantages and returns, whiten the advantages."""
+    mask = rollout.batch.mask
+    rollout.starts, rollout.parse_fallback = macro_starts(arm, rollout, tokenizer, cfg)  # [B, T]
+    rollout.seg = segment.segment_ids(rollout.starts, mask)  # [B, T]
+    rewards = token_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, mask, cfg.beta)  # [B, T]
+    if arm in ("token", "control"):
+        lam = cfg.lam ** (1 / cfg.n) if arm == "control" else cfg.lam
+        advantages, rollout.returns = token_gae(rewards, rollout.values, mask, cfg.gamma, lam)
+    else:
+        advantages, rollout.returns = macro_gae(
+            rewards, rollout.values, mask, rollout.seg, cfg.gamma, cfg.lam, cfg.sigma, cfg.macro_reward
+        )
+    rollout.advantages = whiten(advantages, mask)  # after the returns: those stay in units of reward (SPEC 8)
+
+
+def whiten(x, mask):
+    """Mean 0, variance 1 over the real tokens of all ranks.  x, mask: [B, T] -> [B, T], 0 in the padding."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    return (x - mean) / (variance + 1e-8) ** 0.5 * mask
+
+
+def masked_mean(x, mask):
+    """Mean of x over the real tokens of all ranks, a float."""
+    return float(sft.all_sum((x * mask).sum().double().cpu()) / sft.all_sum(mask.sum()))
+
+
+def ratios(logprobs, old_logprobs, mask, seg=None):
+    """pi / pi_old of each token; with `seg`, of the macro action that it belongs to.  [B, T] -> [B, T]"""
+    log_ratio = (logprobs - old_logprobs) * mask  # [B, T]
+    if seg is not None:
+        log_ratio = pool(log_ratio, seg, mask, "sum").gather(1, seg)  # [B, T]
+    return log_ratio.exp()
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, seg=None):
+    """PPO's clipped objective, averaged over real tokens (SPEC 5).
+
+    logprobs, old_logprobs, advantages, mask: [B, T]. With seg (LongTensor [B, T]) there is one ratio per
+    macro action, exp of the sum over its tokens (the paper's formula), shared by its tokens. Returns a
+    scalar.
+    """
+    ratio = ratios(logprobs, old_logprobs, mask, seg)  # [B, T]
+    clipped = ratio.clamp(1 - clip, 1 + clip)  # [B, T]
+    loss = -torch.min(ratio * advantages, clipped * advantages)  # [B, T]
+    return (loss * mask).sum() / mask.sum().clamp(min=1)
+
+
+def value_loss(values, old_values, returns, mask, clip=0.2):
+    """Clipped squared error of the critic, averaged over real tokens (SPEC 5).  All [B, T] -> scalar."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)  # [B, T]
+    loss = 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)  # [B, T]
+    return (loss * mask).sum() / mask.sum().clamp(min=1)
+
+
+def improve(rollout, models, optimizers, step, cfg):
+    """6. Update policy and critic, ppo_epochs times on the whole rollout; returns the metrics of that."""
+    token_count = float(sft.all_sum(rollout.batch.mask.sum().cpu()))
+    ramp = min(1.0, (step + 1) / max(1, cfg.warmup))
+    seen, results = [], []
+    for _ in range(cfg.ppo_epochs):
+        losses = policy_losses(rollout, models["policy"], token_count, cfg, seen)
+        policy = sft.update(models["policy"], optimizers["policy"], losses, cfg.lr * ramp)
+        losses = value_losses(rollout, models["critic"], token_count, cfg)
+        critic = sft.update(models["critic"], optimizers["critic"], losses, cfg.critic_lr)
+        results.append((policy, critic))
+    clipped, counted = (float(sft.all_sum(sum(s[i] for s in seen))) for i in (0, 1))
+    first = [ratio for s in seen[: len(seen) // cfg.ppo_epochs] for ratio in s[2:]]
+    return {
+        "policy_loss": sum(p for p, _ in results) / len(results),
+        "value_loss": sum(v for _, v in results) / len(results),
+        "clip_fraction": clipped / counted,
+        "ratio_first": max(reward.gather(first), key=lambda ratio: abs(ratio - 1)),
+    }
+
+
+def policy_losses(rollout, policy, token_count, cfg, seen):
+    """Yield the policy loss of one micro-batch after the other, each divided by the batch-wide token count.
+
+    Appends (clipped ratios, number of ratios, smallest, largest) of each to the list `seen`; a ratio belongs
+    to a token, or with --ratio macro to a macro action.
+    """
+    for part in sft.micro_slices(len(rollout.texts), cfg.micro_batch_size):
+        batch = rollout.batch.rows(part)
+        old, seg = rollout.logprobs[part], rollout.seg[part] if cfg.ratio == "macro" else None
+        logprobs, _, _ = token_logprobs(policy, batch, cfg)
+        ratio = ratios(logprobs.detach(), old, batch.mask, seg)  # [B, T]
+        ratio = ratio[(batch.mask if seg is None else rollout.starts[part]).bool()]  # [number of ratios]
+        outside = float(((ratio - 1).abs() > cfg.clip).sum())
+        seen.append((outside, ratio.numel(), float(ratio.min()), float(ratio.max())))
+        loss = policy_loss(logprobs, old, rollout.advantages[part], batch.mask, cfg.clip, seg)
+        yield loss * batch.mask.sum() / token_count
+
+
+def value_losses(rollout, critic, token_count, cfg):
+    """Yield the value loss of one micro-batch after the other, each divided by the batch-wide token count."""
+    for part in sft.micro_slices(len(rollout.texts), cfg.micro_batch_size):
+        batch = rollout.batch.rows(part)
+        values = state_values(critic, batch)  # [B, T]
+        loss = value_loss(values, rollout.values[part], rollout.returns[part], batch.mask, cfg.clip)
+        yield loss * batch.mask.sum() / token_count
+
+
+def main(argv=None):
+    """Make the SFT model and the RM if they are missing, train every arm from them, draw the curves."""
+    cfg = parse(argv)
+    device = sft.setup(cfg.device)
+    folders = [sft.make_folder(Path(cfg.out) / arm) for arm in cfg.terminations]
+    build_missing_stages(cfg)
+    for arm, folder in zip(cfg.terminations, folders, strict=True):
+        train(arm, folder, cfg, device)
+    draw_curves(folders, cfg)
+
+
+def train(arm, out, cfg, device):
+    """PPO with one kind of macro action: sample, judge, segment and credit, improve; `steps` times."""
+    models, optimizers, tokenizer = load_models(cfg, device)
+    prompts = load_prompts(tokenizer, cfg)
+    print0(f"PPO, arm {arm}: {len(prompts):,} prompts, {cfg.steps} steps of {cfg.batch_size} -> {out}")
+    if sft.rank() == 0:
+        settings = asdict(cfg) | {"arm": arm, "ranks": sft.world()}
+        (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        (out / "samples.jsonl").write_text("")
+    metrics = sft.Metrics(out, cfg.steps, arm)
+    for step in range(cfg.steps):
+        clock = [time.perf_counter()]
+        examples = sft.shard(sft.batch_rows(prompts, step, cfg.batch_size, cfg.seed))
+        rollout = sample(models["policy"], examples, step, tokenizer, cfg)
+        judge(rollout, models, examples, tokenizer, cfg)
+        clock.append(time.perf_counter())
+        credit(arm, rollout, tokenizer, cfg)
+        clock.append(time.perf_counter())
+        losses = improve(rollout, models, optimizers, step, cfg)
+        clock.append(time.perf_counter())
+        metrics.log({"step": step} | summary(rollout, tokenizer) | losses | timings(clock), show="rm_score")
+        if step % 10 == 0 or step == cfg.steps - 1:
+            write_samples(out / "samples.jsonl", step, rollout, examples, tokenizer)
+    metrics.bar.close()
+    sft.save_run([models["policy"], tokenizer], out / "model")
+
+
+def summary(rollout, tokenizer):
+    """This step's metrics of the rollout: means over the responses, or the response tokens, of all ranks."""
+    mask = rollout.batch.mask
+    kl = (rollout.logprobs - rollout.ref_logprobs).sum(1)  # [B] nats a response
+    macros = rollout.seg.max(1).values + 1  # [B]
+    columns = [
+        rollout.scores,
+        kl,
+        mask.sum(1),
+        ended(rollout.batch, tokenizer),
+        macros,
+        rollout.entropy.sum(1),
+    ]
+    if rollout.gold:
+        columns.append(torch.tensor(rollout.gold, device=mask.device))
+    table = torch.stack([c.double().cpu() for c in columns], 1)  # [B, columns]
+    table = torch.tensor(reward.gather(table.tolist()), dtype=torch.float64)  # [all ranks' B, columns]
+    mean, std = table.mean(0).tolist(), table.std(0, correction=0).tolist()
+    return {
+        "rm_score": mean[0],
+        "rm_score_std": std[0],
+        "gold_score": mean[6] if rollout.gold else None,
+        "gold_score_std": std[6] if rollout.gold else None,
+        "kl": mean[1],
+        "response_length": mean[2],
+        "eos_rate": mean[3],
+        "macro_actions": mean[4],
+        "macro_length": mean[2] / mean[4],
+        "parse_fallback": float(sft.all_sum(rollout.parse_fallback)) / sft.world(),
+        "entropy": mean[5] / mean[2],
+    }
+
+
+def timings(clock):
+    """Seconds of a whole step and of its three phases."""
+    phases = ("seconds_rollout", "seconds_credit", "seconds_update")
+    lengths = [end - begin for begin, end in pairwise(clock)]
+    return {"seconds": sum(lengths)} | dict(zip(phases, lengths, strict=True))
+
+
+def write_samples(path, step, rollout, examples, tokenizer):
+    """Append the first four responses of this step to samples.jsonl, on rank 0, token by token."""
+    for i, tokens in enumerate(rollout.tokens[:4] if sft.rank() == 0 else []):
+        row = {"step": step, "prompt": examples[i]["text"], "response": rollout.texts[i]}
+        row |= {"rm_score": float(rollout.scores[i]), "gold_score": rollout.gold and rollout.gold[i]}
+        text, offsets = segment.token_offsets(tokenizer, tokens)
+        row |= {"tokens": tokens, "pieces": [text[start:end] for start, end in offsets]}
+        for name in ("seg", "values", "advantages", "returns"):
+            row[name] = getattr(rollout, name)[i, : len(tokens)].tolist()  # [length]
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+# Appendix: settings, stages, models
+
+RULES = (  # (settings, test, what to say)
+    ("n ppo_epochs", lambda x: x >= 1, "at least 1"),
+    ("clip temperature critic_lr top_p", lambda x: x > 0, "positive"),
+    ("gamma lam beta top_k warmup", lambda x: x >= 0, "0 or more"),
+    ("gamma lam top_p", lambda x: x <= 1, "at most 1"),
+    ("sigma", ("equal", "last", "decay", "first").__contains__, "equal, last, decay or first"),
+    ("macro_reward", ("sum", "mean").__contains__, "sum or mean"),
+    ("ratio", ("token", "macro").__contains__, "token or macro"),
+    ("terminations", lambda arms: set(arms) <= set(TERMINATIONS), f"among {', '.join(TERMINATIONS)}"),
+    ("terminations", lambda arms: 0 < len(set(arms)) == len(arms), "different from each other"),
+    ("sft reward_model", lambda path: not path or (Path(path) / "config.json").is_file(), "a model's folder"),
+)
+
+
+def parse(argv):
+    """Read and check the settings."""
+    cfg = sft.parse(Config, "ma_ppo", argv)
+    for names, holds, rule in RULES:
+        for name in names.split():
+            if not holds(getattr(cfg, name)):
+                sft.fail(f"--{name} must be {rule}, got {getattr(cfg, name)!r}")
+    if "parsing" in cfg.terminations:
+        try:
+            english_parser()
+        except ImportError as error:
+            sft.fail(error)
+    return cfg
+
+
+def build_missing_stages(cfg):
+    """Run the earlier chapters for models that do not exist yet."""
+    flags = ["--task", cfg.task, "--seed", str(cfg.seed)]
+    flags += ["--data", *cfg.data] if cfg.data else []
+    flags += ["--model", cfg.model] if cfg.model else []
+    flags += ["--device", cfg.device] if cfg.device else []
+    if not cfg.sft:
+        cfg.sft = str(Path(cfg.out) / "sft")
+        run_stage(sft, cfg.sft, flags, cfg)
+    if not cfg.reward_model:
+        cfg.reward_model = str(Path(cfg.out) / "reward")
+        run_stage(reward, cfg.reward_model, [*flags, "--sft", cfg.sft], cfg)
+
+
+def run_stage(chapter, out, flags, cfg):
+    """Run a chapter, saying so, unless `out` holds its finished run for the same task, data and model."""
+    finished = Path(out) / "run.json"
+    if not finished.exists():
+        flags = [*flags, "--out", out]
+        print0(f"{out} is missing; making it: python {chapter.__name__}.py {shlex.join(flags)}")
+        return chapter.main(flags)
+    made = json.loads(finished.read_text())["config"]
+    for name in ("task", "data", "model"):
+        if made[name] != getattr(cfg, name):
+            sft.fail(f"{out} was made with --{name} {made[name]!r}: choose another --out, or remove it")
+    print0(f"using {out} (made with seed {made['seed']})")
+
+
+def load_models(cfg, device):
+    """Policy and reference start from the SFT model, critic and RM from the RM (SPEC 1.3).
+
+    Returns ({name: model}, {name: optimizer} of the two that learn, tokenizer).
+    """
+    policy, tokenizer = sft.load_causal_lm(cfg.sft, device)
+    critic = reward.ScalarModel.load(cfg.reward_model, device)
+    models = {"policy": policy, "critic": critic}
+    models |= {"reference": copy.deepcopy(policy), "reward": copy.deepcopy(critic)}
+    for name in ("reference", "reward"):
+        models[name].requires_grad_(False)
+    for model in models.values():
+        sft.broadcast_parameters(model)
+    learning = ("policy", "critic")
+    optimizers = {name: torch.optim.AdamW(models[name].parameters(), **sft.ADAM) for name in learning}
+    return models, optimizers, tokenizer
+
+
+def load_prompts(tokenizer, cfg):
+    """The PPO share's prompts, once each: {number, text, prompt (token list)}."""
+    rows = sft.split(sft.load_rows(cfg.task, tuple(cfg.data)), "ppo")
+    texts = list(dict.fromkeys(row["prompt"] for row in rows))
+    encoded = sft.encode([{"prompt": text} for text in texts], tokenizer, cfg, ["prompt"])
+    return [{"number": i, "text": texts[i]} | row for i, row in enumerate(encoded)]
+
+
+def draw_curves(folders, cfg):
+    """Hand the finished runs on to chapter 5, as a command: nothing here may import it."""
+    if sft.rank() == 0:
+        flags = ["curves", "--run", *map(str, folders), "--png", str(Path(cfg.out) / "curves.png")]
+        print0(f"drawing: python eval.py {shlex.join(flags)}")
+        subprocess.run([sys.executable, str(Path(__file__).with_name("eval.py")), *flags], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,522 @@
+"""Chapter 1: the batch, the loss, data parallelism's bookkeeping, tokenizers, and the tasks' rows."""
+
+import gzip
+import json
+import math
+import random
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import ma_ppo
+import reward
+import sft
+from sft import Config, batch_rows, cosine_lr, hh_row, make_batch, sft_loss, split
+
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
+
+PROMPTS = [[2, 3, 4, 5, 6], [7], [3, 3, 9]]
+RESPONSES = [[4, 1], [5, 6, 7, 8, 1], [9]]
+
+
+def tiny_llama(seed=0, vocab=11):
+    torch.manual_seed(seed)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab, initializer_range=0.4, **size)).eval()
+
+
+def stops(capsys, call, *arguments):
+    """Run something that must end the program; returns its one line on stderr."""
+    with pytest.raises(SystemExit) as stop:
+        call(*arguments)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# The batch and the loss
+
+
+def test_prompts_are_left_padded_and_responses_right_padded():
+    batch = make_batch(PROMPTS, RESPONSES, pad=0, device="cpu")
+    assert batch.tokens.tolist() == [
+        [2, 3, 4, 5, 6, 4, 1, 0, 0, 0],
+        [0, 0, 0, 0, 7, 5, 6, 7, 8, 1],
+        [0, 0, 3, 3, 9, 9, 0, 0, 0, 0],
+    ]
+    assert batch.attention.tolist() == [
+        [1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+        [0, 0, 0, 0, 1, 1, 1, 1, 1, 1],
+        [0, 0, 1, 1, 1, 1, 0, 0, 0, 0],
+    ]
+    assert batch.mask.tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]
+    assert batch.responses.tolist() == [[4, 1, 0, 0, 0], [5, 6, 7, 8, 1], [9, 0, 0, 0, 0]]
+    assert batch.rows(slice(1, 3)).mask.tolist() == batch.mask[1:].tolist()
+
+
+def test_the_mask_counts_a_real_eos_even_where_the_pad_has_the_same_id():
+    batch = make_batch([[5]] * 2, [[4, 1], [4, 4, 4, 1]], pad=1, device="cpu")
+    assert batch.mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+
+
+def test_positions_count_real_tokens_from_0():
+    attention = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
+    assert sft.positions(attention).tolist() == [[0, 0, 0, 1, 2, 2], [0, 1, 2, 3, 4, 5]]
+
+
+def test_the_loss_is_that_of_a_loop_over_response_tokens():
+    model, total = tiny_llama(), 0.0
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        for t, token in enumerate(response):
+            logits = model(torch.tensor([prompt + response[:t]])).logits[0, -1].tolist()
+            total -= logits[token] - math.log(sum(math.exp(x) for x in logits))
+    loss = sft_loss(model, make_batch(PROMPTS, RESPONSES, 0, "cpu"), token_count=8)
+    assert loss.item() == pytest.approx(total / 8, abs=1e-5)
+
+
+class FixedLogits:
+    """A stand-in for a model whose logits do not depend on what it reads: only targets can matter."""
+
+    def __init__(self, V=11, S=10):
+        self.logits = torch.randn(S, V, generator=torch.Generator().manual_seed(0)).requires_grad_()  # [S, V]
+
+    def __call__(self, input_ids, logits_to_keep=0, **rest):
+        return SimpleNamespace(logits=self.logits.expand(len(input_ids), -1, -1)[:, -logits_to_keep:])
+
+
+def test_only_response_tokens_are_targets():
+    model, batch = FixedLogits(), make_batch(PROMPTS, RESPONSES, 0, "cpu")
+    loss = sft_loss(model, batch, 8).item()
+    padding = (batch.attention == 0).nonzero().tolist()
+    for b, place in [*padding, [0, 0], [0, 4], [1, 4], [2, 3]]:
+        changed = make_batch(PROMPTS, RESPONSES, 0, "cpu")
+        changed.tokens[b, place] = 10  # in a prompt or in the padding
+        assert sft_loss(model, changed, 8).item() == loss
+    for b, response in enumerate(RESPONSES):
+        for t in range(len(response)):
+            changed = make_batch(PROMPTS, RESPONSES, 0, "cpu")
+            changed.tokens[b, 5 + t] = 10  # any response token, the EOS included
+            assert sft_loss(model, changed, 8).item() != loss
+
+
+def test_logits_in_front_of_prompt_tokens_get_no_gradient():
+    model = FixedLogits()
+    sft_loss(model, make_batch([PROMPTS[0]], [RESPONSES[1]], 0, "cpu"), 5).backward()
+    touched = model.logits.grad.abs().sum(1) > 0  # [S]: 5 prompt tokens, 5 response tokens
+    assert touched.tolist() == [False] * 4 + [True] * 5 + [
+        False
+    ]  # position 4 predicts the first response token
+
+
+# The update
+
+
+def rows_of(count=7, seed=0):
+    rng = random.Random(seed)
+    return [
+        {name: [rng.randint(2, 10) for _ in range(rng.randint(1, 6))] for name in ("prompt", "response")}
+        for _ in range(count)
+    ]
+
+
+def test_the_micro_batch_size_does_not_change_the_parameters_after_an_update():
+    rows, results = rows_of(), []
+    count = float(sum(len(row["response"]) for row in rows))
+    tokenizer = SimpleNamespace(pad_token_id=0)
+    for size in (1, 3, 100):
+        model = tiny_llama()
+        before = torch.cat([p.detach().flatten() for p in model.parameters()])
+        losses = sft.micro_losses(model, rows, tokenizer, count, size, "cpu")
+        # SGD, for Adam's step hides the scale of the gradient; and no norm clipping, for that hides it too
+        loss = sft.update(model, torch.optim.SGD(model.parameters()), losses, lr=0.1, max_norm=1e9)
+        results.append((loss, torch.cat([p.detach().flatten() for p in model.parameters()])))
+        assert (results[-1][1] - before).abs().max() > 1e-3
+    for loss, parameters in results[1:]:
+        assert loss == pytest.approx(results[0][0], abs=1e-5)
+        assert torch.allclose(parameters, results[0][1], atol=1e-6)
+
+
+def test_an_update_sums_its_losses_clips_the_norm_and_sets_the_learning_rate():
+    weight = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.zeros_(weight.weight)
+    losses = [3 * weight.weight[0, 0], 4 * weight.weight[0, 1] + 1]  # gradient (3, 4), norm 5
+    loss = sft.update(weight, torch.optim.SGD(weight.parameters(), lr=99), iter(losses), lr=0.5, max_norm=1)
+    assert loss == 1
+    assert weight.weight[0].tolist() == pytest.approx([-0.5 * 3 / 5, -0.5 * 4 / 5], abs=1e-5)
+
+
+def test_micro_slices_tile_the_batch():
+    assert [list(range(7))[part] for part in sft.micro_slices(7, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert sft.micro_slices(2, 100) == [slice(0, 2)]
+
+
+def test_the_ranks_shares_are_the_global_batch_in_order(monkeypatch):
+    monkeypatch.setattr(sft, "world", lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(sft, "rank", lambda rank=rank: rank)
+        shares.append(sft.shard([10, 11, 12, 13, 14, 15]))
+    assert shares == [[10, 11], [12, 13], [14, 15]]
+
+
+@given(st.integers(1, 20), st.integers(1, 8), st.integers(0, 3))
+def test_every_epoch_covers_every_row_exactly_once_in_an_order_of_its_own(count, batch_size, seed):
+    rows = list(range(count))
+    stream = [row for step in range(3 * count) for row in batch_rows(rows, step, batch_size, seed)]
+    assert len(stream) == 3 * count * batch_size
+    for epoch in range(3):
+        assert sorted(stream[epoch * count : (epoch + 1) * count]) == rows
+
+
+def test_epochs_and_seeds_differ_in_their_order():
+    rows = list(range(50))
+    first, second = batch_rows(rows, 0, 50, 0), batch_rows(rows, 1, 50, 0)
+    assert first != second
+    assert first != batch_rows(rows, 0, 50, 1)
+    assert first == batch_rows(rows, 0, 50, 0)
+
+
+def test_the_learning_rate_ramps_up_for_a_tenth_and_then_falls_like_a_cosine():
+    # 20 steps: 2 of warm-up, 1/2 and 1; then half a cosine over 18 steps, its middle 9 steps in.
+    rates = [cosine_lr(step, 20, peak=8.0) for step in range(20)]
+    assert rates[:3] == [4, 8, 8]
+    assert rates[11] == pytest.approx(4)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert 0 < rates[-1] < 0.1
+    assert cosine_lr(20, 20, 8.0) == pytest.approx(0)
+    assert cosine_lr(0, 1, 8.0) == 8  # a single step is not wasted
+
+
+# Tokenizers and models
+
+TOY_TEXTS = [sft.toy_row(i)["prompt"] + sft.toy_row(i)["response"] for i in range(400)]
+
+
+@pytest.fixture(scope="module")
+def toy_tokenizer():
+    return sft.small_tokenizer("toy", TOY_TEXTS)
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer():
+    return sft.small_tokenizer("hh", ["Human: is this a test?\n\nAssistant: Yes. It is, isn't it?"] * 20)
+
+
+def test_the_toys_tokenizer_decodes_to_what_it_encoded(toy_tokenizer):
+    for i in range(400, 600):
+        for text in (sft.toy_row(i)["prompt"], sft.toy_row(i)["response"]):
+            ids = toy_tokenizer(text).input_ids
+            assert toy_tokenizer.unk_token_id not in ids
+            # Metaspace cannot tell whether the first word had a space in front of it
+            assert toy_tokenizer.decode(ids).strip() == text.strip()
+
+
+@settings(max_examples=200)
+@given(st.text())
+def test_the_byte_level_tokenizer_decodes_any_text_to_itself(bytes_tokenizer, text):
+    if any(token in text for token in bytes_tokenizer.all_special_tokens):
+        return
+    assert bytes_tokenizer.decode(bytes_tokenizer(text).input_ids, clean_up_tokenization_spaces=False) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["naïve café — 日本語 🙂\n\n\ttabs", " don 't , stop .", "  two  spaces ", "\u0000\ud7ff"]
+)
+def test_unicode_and_odd_spaces_survive_the_default_decoding(bytes_tokenizer, text):
+    assert bytes_tokenizer.decode(bytes_tokenizer(text).input_ids) == text
+
+
+def test_both_tokenizers_have_pad_and_eos_apart_and_survive_saving(toy_tokenizer, bytes_tokenizer, tmp_path):
+    for name, tokenizer in (("toy", toy_tokenizer), ("hh", bytes_tokenizer)):
+        assert tokenizer.pad_token_id != tokenizer.eos_token_id
+        tokenizer.save_pretrained(tmp_path / name)
+        again = AutoTokenizer.from_pretrained(tmp_path / name)
+        text = " the weather was mostly foggy for us."
+        assert again(text).input_ids == tokenizer(text).input_ids
+        assert again.decode(again(text).input_ids) == tokenizer.decode(tokenizer(text).input_ids)
+        assert (again.pad_token_id, again.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+
+
+def encoded(toy_tokenizer, **limits):
+    row = {"prompt": sft.toy_row(0)["prompt"], "response": " so we finally made it to oslo."}
+    (got,) = sft.encode([row], toy_tokenizer, Config(**limits))
+    return got, toy_tokenizer(row["prompt"]).input_ids, toy_tokenizer(row["response"]).input_ids
+
+
+def test_a_truncated_prompt_keeps_its_end(toy_tokenizer):
+    got, prompt, _ = encoded(toy_tokenizer, max_prompt=7)
+    assert got["prompt"] == prompt[-7:]
+    assert toy_tokenizer.decode(got["prompt"]).endswith("TL;DR:")
+
+
+def test_a_response_gets_its_eos_and_one_that_is_cut_loses_it(toy_tokenizer):
+    got, prompt, response = encoded(toy_tokenizer)
+    assert got == {"prompt": prompt, "response": [*response, toy_tokenizer.eos_token_id]}
+    got, _, _ = encoded(toy_tokenizer, max_response=len(response) + 1)
+    assert got["response"][-1] == toy_tokenizer.eos_token_id
+    got, _, _ = encoded(toy_tokenizer, max_response=len(response))
+    assert got["response"] == response
+    got, _, _ = encoded(toy_tokenizer, max_response=3)
+    assert got["response"] == response[:3]
+
+
+class WithBos:
+    """A tokenizer that puts BOS (id 1) in front, as Llama's does."""
+
+    eos_token_id = 2
+
+    def __call__(self, texts, add_special_tokens=True):
+        if isinstance(texts, str):
+            return SimpleNamespace(input_ids=[1] * add_special_tokens + [ord(c) for c in texts])
+        return SimpleNamespace(input_ids=[[1] * add_special_tokens + [ord(c) for c in t] for t in texts])
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(9, [7, 8, 9]), (4, [7, 8, 9]), (3, [8, 9]), (2, [9]), (1, [])])
+def test_a_bos_stays_in_front_of_a_truncated_prompt_and_counts(limit, kept):
+    row = {"prompt": "\x07\x08\x09", "response": "\x05"}
+    (got,) = sft.encode([row], WithBos(), Config(max_prompt=limit))
+    assert got == {"prompt": [1, *kept], "response": [5, 2]}
+
+
+def save_gpt2_with_pad_as_eos(folder, vocab_rows):
+    """What many hub models look like: no PAD of their own, EOS doing its work, dropout in the config."""
+    torch.manual_seed(0)
+    tokenizer = sft.small_tokenizer("hh", ["a few words to learn pieces from"])
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    size = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer) + vocab_rows, **size)).save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.mark.parametrize("spare", [0, 5], ids=["the vocabulary is full", "rows to spare"])
+def test_a_model_whose_pad_is_its_eos_gets_a_pad_of_its_own(tmp_path, spare):
+    old = save_gpt2_with_pad_as_eos(tmp_path, spare)
+    assert AutoTokenizer.from_pretrained(tmp_path).pad_token_id == old.eos_token_id
+    model, tokenizer = sft.load_causal_lm(tmp_path)
+    assert tokenizer.eos_token_id == old.eos_token_id
+    assert tokenizer.pad_token_id != old.eos_token_id
+    assert tokenizer.pad_token_id < model.get_input_embeddings().weight.shape[0]
+    assert model.get_input_embeddings().weight.shape[0] == len(old) + max(1, spare)
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    assert tokenizer("some text").input_ids == old("some text").input_ids
+
+
+def test_a_loaded_model_has_its_dropout_off(tmp_path):
+    save_gpt2_with_pad_as_eos(tmp_path, 0)
+    model, _ = sft.load_causal_lm(tmp_path)
+    ids = torch.tensor([[3, 4, 5]])
+    assert model.config.resid_pdrop > 0
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_a_saved_run_loads_with_equal_logits(tmp_path, toy_tokenizer):
+    model, batch = tiny_llama(vocab=len(toy_tokenizer)), make_batch(PROMPTS, RESPONSES, 0, "cpu")
+    sft.save_run([model, toy_tokenizer], tmp_path, Config(steps=7), {"test_loss": 1.5})
+    again, tokenizer = sft.load_causal_lm(tmp_path)
+    logits = sft.response_logits(model, batch)
+    assert torch.equal(sft.response_logits(again, batch), logits)
+    assert torch.equal(
+        sft.response_logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), batch), logits
+    )
+    assert tokenizer(TOY_TEXTS[0]).input_ids == toy_tokenizer(TOY_TEXTS[0]).input_ids
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["config"]["steps"] == 7
+    assert run["result"] == {"test_loss": 1.5}
+
+
+def test_a_model_without_eos_is_refused(tmp_path, capsys):
+    tokenizer = save_gpt2_with_pad_as_eos(tmp_path, 0)
+    tokenizer.eos_token = tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert "no EOS token" in stops(capsys, sft.load_causal_lm, tmp_path)
+
+
+# Rows and their split
+
+
+def test_the_shares_are_disjoint_complete_and_sized_10_then_20_40_40():
+    rows = [{"prompt": f"question {i}", "number": i} for i in range(1000)]
+    shares = {name: [row["number"] for row in split(rows, name)] for name in ("test", "sft", "rm", "ppo")}
+    assert sorted(number for share in shares.values() for number in share) == list(range(1000))
+    assert {name: len(share) for name, share in shares.items()} == {
+        "test": 100,
+        "sft": 180,
+        "rm": 360,
+        "ppo": 360,
+    }
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=80))
+def test_all_rows_about_one_prompt_are_in_one_share(numbers):
+    rows = [{"prompt": f"question {n}"} for n in numbers]
+    shares = [{row["prompt"] for row in split(rows, name)} for name in ("test", "sft", "rm", "ppo")]
+    assert sum(map(len, shares)) == len(set(numbers))
+    assert sum(len(split(rows, name)) for name in ("test", "sft", "rm", "ppo")) == len(rows)
+
+
+def test_the_split_depends_on_no_other_randomness():
+    rows = [{"prompt": f"question {i}"} for i in range(100)]
+    results = []
+    for seed in (0, 1):
+        random.seed(seed)
+        torch.manual_seed(seed)
+        results.append(split(rows, "rm"))
+    assert results[0] == results[1]
+    assert results[0] != rows[28:64]  # shuffled
+
+
+DIALOGUE = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:"
+
+
+def test_a_whole_dialogue_is_cut_behind_its_last_assistant():
+    row = hh_row({"chosen": DIALOGUE + " see you ", "rejected": DIALOGUE + " no"}, "f:1")
+    assert row == {"prompt": DIALOGUE, "response": " see you", "chosen": " see you", "rejected": " no"}
+
+
+def test_a_row_with_its_own_prompt_keeps_it():
+    row = hh_row({"prompt": DIALOGUE + " ", "chosen": "see you", "rejected": " no"}, "f:1")
+    assert row == {"prompt": DIALOGUE, "response": " see you", "chosen": " see you", "rejected": " no"}
+
+
+def test_a_pair_about_two_different_prompts_is_dropped():
+    other = DIALOGUE.replace("bye", "stay")
+    assert hh_row({"chosen": DIALOGUE + " see you", "rejected": other + " no"}, "f:1") is None
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the rejected dialogue goes on: its last Assistant: is not the chosen one's"
+)
+def test_a_pair_whose_rejected_dialogue_has_more_turns_is_dropped():
+    longer = DIALOGUE + " no\n\nHuman: why?\n\nAssistant: because"
+    assert hh_row({"chosen": DIALOGUE + " see you", "rejected": longer}, "f:1") is None
+
+
+def write_rows(path, rows):
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
+        file.write(text)
+    return str(path)
+
+
+def hh_rows(count):
+    prompts = [f"\n\nHuman: question {i}?\n\nAssistant:" for i in range(count)]
+    return [{"chosen": f"{p} yes é", "rejected": f"{p} no"} for p in prompts]
+
+
+def test_gzipped_and_plain_files_give_the_same_rows_and_several_files_add_up(tmp_path):
+    plain = write_rows(tmp_path / "a.jsonl", hh_rows(30))
+    zipped = write_rows(tmp_path / "b.jsonl.gz", hh_rows(30))
+    rows = sft.load_rows("hh", (plain,))
+    assert len(rows) == 30
+    assert rows[3]["chosen"] == " yes é"
+    assert sft.load_rows("hh", (zipped,)) == rows
+    assert sft.load_rows("hh", (plain, zipped)) == rows * 2
+
+
+@pytest.mark.parametrize(
+    ("bad", "complaint"),
+    [
+        ("{nonsense", "not JSON"),
+        ("[1, 2]", "list"),
+        ({"chosen": "a"}, "'rejected'"),
+        ({"rejected": "a"}, "'chosen'"),
+        ({"chosen": "", "rejected": "a"}, "'chosen'"),
+        ({"chosen": ["a"], "rejected": "a"}, "'chosen'"),
+        ({"prompt": None, "chosen": "a", "rejected": "b"}, "'prompt'"),
+        ({"chosen": "no turns", "rejected": "b"}, "Assistant:"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_line_and_field(tmp_path, capsys, bad, complaint):
+    path = write_rows(tmp_path / "bad.jsonl", [*hh_rows(2), bad, *hh_rows(1)])
+    line = stops(capsys, sft.load_rows, "hh", (path,))
+    assert f"{path}:3" in line
+    assert complaint in line
+
+
+def test_too_few_prompts_to_split_are_refused(tmp_path, capsys):
+    path = write_rows(tmp_path / "few.jsonl", hh_rows(19))
+    assert "fewer than 20" in stops(capsys, sft.load_rows, "hh", (path,))
+
+
+def test_toy_posts_state_twelve_facts_and_summaries_some_of_them():
+    for index in range(200):
+        row = sft.toy_row(index)
+        assert row == sft.toy_row(index)
+        post = row["prompt"].removeprefix("POST Subreddit: r/travel ").removesuffix(" TL;DR:").split(". ")
+        facts = [sft.toy_sentences()[sentence.strip(" .")] for sentence in post]
+        assert len({slot for slot, _ in facts}) == len(facts) == 12
+        stated = [sft.toy_sentences()[s.strip()] for s in row["response"].split(".")[:-1]]
+        assert {slot for slot, _ in stated} - {None}
+        assert len(stated) <= sft.TOY_LONGEST
+
+
+def test_toy_demonstrations_are_sometimes_wrong_repeated_or_filled():
+    kinds = Counter()
+    for index in range(500):
+        row = sft.toy_row(index)
+        facts = {sft.toy_sentences()[s.strip()] for s in row["prompt"][24:-7].split(".")[:-1]}
+        seen = set()
+        for sentence in row["response"].split(".")[:-1]:
+            fact = sft.toy_sentences()[sentence.strip()]
+            kinds["filler" if fact[0] is None else "repeat" if fact[0] in seen else fact in facts] += 1
+            seen.add(fact[0])
+    assert kinds[True] > 0.5 * kinds.total()
+    assert all(kinds[kind] > 0.02 * kinds.total() for kind in (False, "filler", "repeat"))
+
+
+def test_toy_responses_average_60_to_100_tokens_and_all_fit(toy_tokenizer):
+    lengths = [len(toy_tokenizer(sft.toy_row(i)["response"]).input_ids) + 1 for i in range(1000)]
+    assert 60 <= sum(lengths) / 1000 <= 100
+    assert max(lengths) <= Config().max_response
+
+
+def test_held_out_toy_posts_are_not_among_those_trained_on():
+    rows = sft.load_rows("toy", ())
+    shares = [{row["prompt"] for row in split(rows, name)} for name in ("test", "sft", "rm", "ppo")]
+    assert sum(map(len, shares)) == len(set.union(*shares)) == len({row["prompt"] for row in rows})
+    assert len(set.union(*shares)) > 0.999 * len(rows)
+
+
+# Settings
+
+
+def test_a_flag_overrides_the_tasks_default_which_overrides_the_chapters(tmp_path):
+    data = write_rows(tmp_path / "a.jsonl", hh_rows(2))
+    task = sft.DEFAULTS["hh"]["sft"]
+    hh = sft.parse(Config, "sft", ["--task", "hh", "--data", data, "--lr", "0.5"])
+    assert (hh.batch_size, hh.lr) == (task["batch_size"], 0.5)
+    toy = sft.parse(Config, "sft", [])
+    assert (toy.batch_size, toy.lr) == (Config().batch_size, Config().lr)
+    assert hh.max_prompt == task["max_prompt"] != toy.max_prompt
+
+
+def test_output_folders_follow_the_task_and_the_chapter(tmp_path):
+    data = write_rows(tmp_path / "a.jsonl", hh_rows(2))
+    assert sft.parse(Config, "sft", []).out == "runs/toy/sft"
+    assert sft.parse(reward.Config, "reward", ["--task", "hh", "--data", data]).out == "runs/hh/reward"
+    assert sft.parse(ma_ppo.Config, "ma_ppo", []).out == "runs/toy"
+    assert sft.parse(Config, "sft", ["--out", "here"]).out == "here"
+
+
+def test_the_shared_flags_are_spelled_the_same_way_in_every_chapter():
+    shared = {"task", "model", "out", "seed", "steps", "batch_size", "micro_batch_size", "lr", "device"}
+    ppo = "sft reward_model terminations n gamma lam beta sigma macro_reward ratio critic_lr clip ppo_epochs"
+    ppo += " max_response temperature top_k top_p"
+    for chapter in (sft, reward, ma_ppo):
+        assert shared <= set(chapter.Config.__dataclass_fields__)
+    assert set(ppo.split()) <= set(ma_ppo.Config.__dataclass_fields__)
