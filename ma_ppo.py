@@ -508,7 +508,8 @@ RULES = (  # (settings, test, what to say)
     ("ratio", ("token", "macro").__contains__, "token or macro"),
     ("terminations", lambda arms: set(arms) <= set(TERMINATIONS), f"among {', '.join(TERMINATIONS)}"),
     ("terminations", lambda arms: 0 < len(set(arms)) == len(arms), "different from each other"),
-    ("sft reward_model", lambda path: not path or (Path(path) / "config.json").is_file(), "a model's folder"),
+    ("sft", lambda path: not path or (Path(path) / "config.json").is_file(), "a model's folder"),
+    ("reward_model", lambda path: not path or (Path(path) / reward.HEAD).is_file(), "a folder of reward.py"),
 )
 
 

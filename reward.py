@@ -32,6 +32,7 @@ import sft
 from sft import opt, print0
 
 PAIR = ("prompt", "chosen", "rejected")
+HEAD = "scalar_head.safetensors"
 
 
 @dataclass
@@ -68,13 +69,13 @@ class ScalarModel(nn.Module):
     def save_pretrained(self, folder):
         """Write the trunk in Hugging Face format and the head beside it."""
         self.trunk.save_pretrained(folder)
-        save_file(self.head.state_dict(), Path(folder) / "scalar_head.safetensors")
+        save_file(self.head.state_dict(), Path(folder) / HEAD)
 
     @classmethod
     def load(cls, folder, device="cpu"):
         """The model that `save_pretrained` wrote; a causal LM's folder gives its trunk and a fresh head."""
         model = cls(sft.load_or_fail(AutoModel.from_pretrained, folder, dtype=torch.float32).eval())
-        head = Path(folder) / "scalar_head.safetensors"
+        head = Path(folder) / HEAD
         if head.exists():
             model.head.load_state_dict(load_file(head))
         return model.to(device)
@@ -231,7 +232,7 @@ def report(result):
 
 # What a sentence of a summary is worth. Coverage weighs more than correctness: comparing a value with the
 # post's takes a deeper model than the toy's, and what the RM cannot see it cannot teach.
-TOY_GOLD = {"true": 1.0, "wrong": -0.25, "repeated": -0.5, "filler": -0.5, "broken": -1.0}
+TOY_GOLD = {"true": 1.0, "wrong": -0.25, "repeated": -0.75, "filler": -1.0, "broken": -1.0}
 
 
 def gold_score(prompt, response):
@@ -243,8 +244,8 @@ def gold_score(prompt, response):
     >>> post = "POST Subreddit: r/travel it got foggy as soon as we arrived. last may i had some time. TL;DR:"
     >>> gold_score(post, " the weather was mostly foggy for us. it was the middle of may back then.")
     0.75
-    >>> gold_score(post, " the weather was mostly foggy for us. the weather was mostly foggy for us. we")
-    -0.5
+    >>> gold_score(post, " it got foggy as soon as we arrived. it got foggy as soon as we arrived. we")
+    -0.75
     """
     post = prompt.removeprefix("POST Subreddit: r/travel").removesuffix("TL;DR:")
     truth = dict(sft.toy_sentences().get(sentence.strip(), (None, None)) for sentence in post.split("."))
@@ -264,7 +265,7 @@ def gold_score(prompt, response):
 
 
 def toy_edit(rng, sentences):
-    """A copy of a summary with one sentence dropped, repeated, turned into filler, broken off or falsified."""
+    """A copy of a summary with one sentence dropped, repeated, made filler, broken off or falsified."""
     edited, place = list(sentences), rng.randrange(len(sentences))
     kind = rng.choices(("drop", "repeat", "filler", "break", "falsify"), weights=(10, 6, 3, 3, 1))[0]
     slot, value = sft.toy_sentences().get(edited[place], (None, None))
@@ -304,7 +305,7 @@ def toy_pair(row):
 
 
 def _any_summary(rng, facts):
-    return sft.toy_summary(rng, facts, rng.uniform(0.1, 1.0), rng.uniform(0.0, 0.2), 2, 4)
+    return sft.toy_summary(rng, facts, rng.uniform(0.1, 1.0), rng.uniform(0.0, 0.2), 4, 4)
 
 
 if __name__ == "__main__":

@@ -574,7 +574,7 @@ def toy_summary(rng, facts, share, wrong, fillers, repeats):
         values, wording, *_ = TOY_FACTS[slot]
         value = rng.choice(values.split()) if rng.random() < wrong else facts[slot]
         sentences.append(wording.format(value))
-    extra = rng.sample(TOY_FILLERS, rng.randint(0, fillers))
+    extra = rng.sample(TOY_FILLERS, rng.randint(0, min(fillers, TOY_LONGEST - len(sentences))))
     extra += rng.choices(sentences, k=rng.randint(0, min(repeats, TOY_LONGEST - len(sentences) - len(extra))))
     for sentence in extra:
         sentences.insert(rng.randint(0, len(sentences)), sentence)
@@ -586,7 +586,7 @@ def toy_row(index):
     rng = random.Random(f"{SPLIT_SEED} {index}")
     facts = {slot: rng.choice(values.split()) for slot, (values, *_) in TOY_FACTS.items()}
     post = [rng.choice(TOY_FACTS[slot][2:]).format(facts[slot]) for slot in rng.sample(list(facts), 12)]
-    response = toy_text(toy_summary(rng, facts, rng.uniform(0.3, 0.7), 0.1, 2, 2))
+    response = toy_text(toy_summary(rng, facts, rng.uniform(0.3, 0.7), 0.1, 4, 2))
     prompt = f"POST Subreddit: r/travel{toy_text(post)} TL;DR:"
     return {"prompt": prompt, "response": response, "number": index}
 
