@@ -6,17 +6,16 @@ through 80 decisions. MA-RLHF explains it through a few macro actions (chapter 3
 advantage stays the same:
 
     token   delta_t = r_t + gamma V(s_t+1) - V(s_t)      A_t = delta_t + gamma lam A_t+1
-    macro   delta_k = R_k + gamma V_k+1    - V_k         A_k = delta_k + gamma lam A_k+1      R_k, V_k pooled
-    from tokens
+    macro   delta_k = R_k + gamma V_k+1    - V_k         A_k = delta_k + gamma lam A_k+1
 
-Read `train` for the algorithm, then `token_gae` and `macro_gae`: their difference is the paper's idea.
+with R_k and V_k pooled from the tokens of macro action k. Read `train` for the algorithm, then `token_gae`
+and `macro_gae`: their difference is the paper's idea.
 
-    python ma_ppo.py                                          # SFT, RM, then both arms and their curves:
-    minutes on a CPU python ma_ppo.py --terminations token fixed control       # with the control: token
-    level, same horizon as fixed python ma_ppo.py --terminations fixed --n 10 --sft runs/toy/sft
-    --reward_model runs/toy/reward --out runs/n10 python ma_ppo.py --task hh --data pairs.jsonl.gz          #
-    real preference pairs torchrun --nproc_per_node=2 ma_ppo.py                     # the same run on two
-    processes
+    python ma_ppo.py                                      # SFT, RM, both arms, curves: minutes on a CPU
+    python ma_ppo.py --terminations token fixed control   # with the control: token level, horizon of fixed
+    python ma_ppo.py --terminations fixed --n 10 --sft runs/toy/sft --reward_model runs/toy/reward
+    python ma_ppo.py --task hh --data pairs.jsonl.gz      # real preference pairs
+    torchrun --nproc_per_node=2 ma_ppo.py                 # the same run on two processes
 """
 
 import copy
