@@ -68,7 +68,7 @@ def parity(baseline, values, share):
     >>> parity(list(range(9)), list(range(0, 18, 2)), 0.5)  # smoothed: 0 .5 1 1.5 2 3 ..., 0 1 2 3 4 6 ...
     0.6
     """
-    start, *_, end = smooth(baseline)
+    start, end = baseline[0], smooth(baseline)[-1]
     if end <= start:
         return None
     own, other = (steps_to(x, start + share * (end - start)) for x in (baseline, values))
@@ -85,7 +85,7 @@ def figures(baseline, rows):
     """
     final = {key: smooth(values)[-1] for key in (*PANELS, "eos_rate") if (values := column(rows, key))}
     gain = None
-    if "gold_score" in final:
+    if final.get("gold_score") is not None and rows[0]["gold_score_std"] > 0:
         gain = (final["gold_score"] - rows[0]["gold_score"]) / rows[0]["gold_score_std"]
     ratios = [
         parity(base, mine, share) if (base := column(baseline, key)) and (mine := column(rows, key)) else None
@@ -154,9 +154,18 @@ def curves(args):
         ax.set(title=title, xlabel="PPO steps", ylabel=unit)
         ax.grid(alpha=0.3)
     axes[0].legend(title=f"mean of {SMOOTHING} steps")
-    figure.savefig(args.png, dpi=110)
+    save(figure, args.png)
     print("\n".join(closing_table(runs)))
-    print(f"wrote {args.png}")
+
+
+def save(figure, path):
+    """Write a picture, and its folder if need be."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        fail(f"cannot write {path}: {error}")
+    print(f"wrote {path}")
 
 
 def read_sample(folder, step, number):
@@ -188,8 +197,7 @@ def heatmap(args):
         draw_tokens(axes[2 * i], sample, cells, limit)
         axes[2 * i].set_title(f"{Path(folder).name}: {max(sample['seg']) + 1} macro actions", loc="left")
         draw_values(axes[2 * i + 1], sample)
-    figure.savefig(args.png, dpi=110)
-    print(f"wrote {args.png}")
+    save(figure, args.png)
 
 
 PAGE = 100  # characters in a line of the heatmap

@@ -207,7 +207,7 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
     scores: [B]; logprobs, ref_logprobs, mask: [B, T]; beta in reward per nat. Returns [B, T].
     """
     rewards = -beta * (logprobs - ref_logprobs) * mask  # [B, T], k1: unbiased for the KL of what was sampled
-    last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)  # [B, 1]
+    last = (mask.sum(1, keepdim=True).long() - 1).clamp(min=0)  # [B, 1]
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))  # [B, T]
 
 

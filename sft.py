@@ -265,13 +265,11 @@ def main(argv=None):
     rows = load_rows(cfg.task, tuple(cfg.data))
     train, test = split(rows, "sft"), split(rows, "test")
     out = make_folder(cfg.out)
-
     model, tokenizer = start_model(cfg, rows)
     model.to(device)
     broadcast_parameters(model)
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
     print0(f"SFT: {len(train):,} demonstrations, {model.num_parameters():,} parameters -> {out}")
-
     train, test = encode(train, tokenizer, cfg), encode(test, tokenizer, cfg)
     metrics = Metrics(out, cfg.steps, "sft")
     for step in range(cfg.steps):
@@ -344,17 +342,15 @@ def parse(config_class, chapter, argv=None):
 
 def check(cfg):
     """Refuse settings that cannot work, before anything is computed."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
     for name in ("steps", "batch_size", "micro_batch_size", "lr", "max_prompt", "max_response"):
         if getattr(cfg, name) <= 0:
             fail(f"--{name} must be positive, got {getattr(cfg, name)}")
-    if cfg.batch_size % ranks:
+    if cfg.batch_size % (ranks := int(os.environ.get("WORLD_SIZE", 1))):
         fail(f"--batch_size {cfg.batch_size} is not divisible by the number of ranks, {ranks}")
     if (cfg.task == "toy") == bool(cfg.data):
         fail("--task hh needs --data FILE; --task toy makes its own data and takes none")
-    for path in cfg.data:
-        if not Path(path).is_file():
-            fail(f"--data {path}: no such file")
+    if cfg.seed < 0:
+        fail(f"--seed must be 0 or more, got {cfg.seed}")
     try:
         torch.device(cfg.device or "cpu")
     except RuntimeError:
@@ -469,7 +465,7 @@ def load_rows(task, files):
         return [toy_row(i) for i in range(TOY_ROWS)]
     rows = [hh_row(row, place) for path in files for place, row in read_jsonl(path)]
     kept = [row for row in rows if row]
-    print0(f"{task}: {len(kept):,} rows; {len(rows) - len(kept)} dropped, for their two prompts differ")
+    print0(f"{task}: {len(kept):,} rows; {len(rows) - len(kept)} dropped: prompts differ, or no answer")
     if len({row["prompt"] for row in kept}) < 20:
         fail(f"{', '.join(files)}: fewer than 20 different prompts, too few to split")
     return kept
@@ -477,8 +473,13 @@ def load_rows(task, files):
 
 def read_jsonl(path):
     """Yield ("file:line", row) for every line of a .jsonl or .jsonl.gz file."""
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        fail(f"--data {path} cannot be read: {error}")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
@@ -491,20 +492,20 @@ def read_jsonl(path):
 def hh_row(row, place):
     """A preference pair: {chosen, rejected} whole dialogues, or {prompt, chosen, rejected} (SPEC 9).
 
-    The prompt is the dialogue up to its last "Assistant:". Returns None where that differs between the two.
+    The prompt ends in the last "Assistant:". Returns None if the prompts differ or an answer is empty.
     """
     for name in ("chosen", "rejected", *(["prompt"] if "prompt" in row else [])):
-        text = row.get(name)
-        if not isinstance(text, str) or not text.strip():
-            fail(f"{place}: field {name!r} must be a non-empty text, got {text!r}")
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            fail(f"{place}: field {name!r} must be a non-empty text, got {row.get(name)!r}")
     prompt, chosen, rejected = row.get("prompt", "").rstrip(), row["chosen"], row["rejected"]
     if not prompt:
-        before, assistant, chosen = chosen.rpartition("Assistant:")
-        if not assistant:
+        before, found, chosen = chosen.rpartition("Assistant:")
+        other, _, rejected = rejected.rpartition("Assistant:")
+        if not found:
             fail(f"{place}: a dialogue without 'Assistant:' and no field 'prompt'")
-        prompt, rejected = before + assistant, rejected.removeprefix(before + assistant)
-        if rejected == row["rejected"]:
-            return None
+        prompt = before + found if before == other else ""
+    if not (prompt and chosen.strip() and rejected.strip()):
+        return None
     chosen, rejected = " " + chosen.strip(), " " + rejected.strip()
     return {"prompt": prompt, "response": chosen, "chosen": chosen, "rejected": rejected}
 
@@ -518,10 +519,8 @@ def split(rows, share):
     return [row for row in rows if row["prompt"] in wanted]
 
 
-# The toy, a miniature TL;DR. A post states twelve facts about a trip, in random order and wording. A summary
-# should state them too: every true fact once, and nothing else. Unlike with real data, true quality is known:
-# `gold_score`.
-
+# The toy, a miniature TL;DR. A post states twelve facts about a trip, in random order and wording; a summary
+# should state each of them once. Unlike with real data, true quality is known: `gold_score` of chapter 2.
 TOY_ROWS, TOY_LONGEST = 30_000, 14  # posts; sentences of a summary, so that it fits into max_response
 # A line of the summary for each slot, two of the post, and the six values that may stand in them.
 TOY_FACTS = dict(

@@ -476,9 +476,6 @@ def test_an_output_folder_that_cannot_be_written_is_named(refuses, tmp_path):
         assert blocked in refuses(chapter, "--out", blocked)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=ValueError, reason="numpy's generators take no negative seed: a traceback"
-)
 def test_a_negative_seed_is_refused(refuses):
     assert "--seed" in refuses(sft, "--seed", "-1")
 

@@ -642,7 +642,7 @@ def test_the_value_of_a_token_is_read_in_front_of_it(tokenizer):
         for t in range(len(response)):
             state = sft.make_batch([example["prompt"] + response[:t]], [[]], 0, "cpu")
             value = models["critic"](state)[0, len(example["prompt"]) + t - 1]  # at the last token of s_t
-            assert float(rollout.values[b, t]) == pytest.approx(float(value), abs=1e-5)
+            assert rollout.values[b, t].item() == pytest.approx(value.item(), abs=1e-5)
         assert not rollout.values[b, len(response) :].any()
 
 
@@ -654,7 +654,7 @@ def test_a_response_without_eos_gets_the_fixed_penalty_and_others_the_reward_mod
     alone = sft.make_batch([[4, 5]], [[7, 8, 1]], 0, "cpu")
     score = reward.last_token_scores(models["reward"], alone)
     assert ended(batch, tokenizer).tolist() == [True, False]
-    assert rollout.scores.tolist() == pytest.approx([float(score), -4.0], abs=1e-5)
+    assert rollout.scores.tolist() == pytest.approx([score.item(), -4.0], abs=1e-5)
 
 
 def test_a_pad_id_that_equals_eos_does_not_count_as_an_ending():

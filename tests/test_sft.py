@@ -398,9 +398,6 @@ def test_a_pair_about_two_different_prompts_is_dropped():
     assert hh_row({"chosen": DIALOGUE + " see you", "rejected": other + " no"}, "f:1") is None
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the rejected dialogue goes on: its last Assistant: is not the chosen one's"
-)
 def test_a_pair_whose_rejected_dialogue_has_more_turns_is_dropped():
     longer = DIALOGUE + " no\n\nHuman: why?\n\nAssistant: because"
     assert hh_row({"chosen": DIALOGUE + " see you", "rejected": longer}, "f:1") is None
