@@ -232,7 +232,7 @@ def report(result):
 
 # What a sentence of a summary is worth. Coverage weighs more than correctness: comparing a value with the
 # post's takes a deeper model than the toy's, and what the RM cannot see it cannot teach.
-TOY_GOLD = {"true": 1.0, "wrong": -0.25, "repeated": -0.75, "filler": -1.0, "broken": -1.0}
+TOY_GOLD = {"true": 1.0, "wrong": -0.25, "repeated": -0.25, "filler": -1.0, "broken": -1.0}
 
 
 def gold_score(prompt, response):
@@ -245,7 +245,7 @@ def gold_score(prompt, response):
     >>> gold_score(post, " the weather was mostly foggy for us. it was the middle of may back then.")
     0.75
     >>> gold_score(post, " it got foggy as soon as we arrived. it got foggy as soon as we arrived. we")
-    -0.75
+    -0.25
     """
     post = prompt.removeprefix("POST Subreddit: r/travel").removesuffix("TL;DR:")
     truth = dict(sft.toy_sentences().get(sentence.strip(), (None, None)) for sentence in post.split("."))
@@ -267,7 +267,7 @@ def gold_score(prompt, response):
 def toy_edit(rng, sentences):
     """A copy of a summary with one sentence dropped, repeated, made filler, broken off or falsified."""
     edited, place = list(sentences), rng.randrange(len(sentences))
-    kind = rng.choices(("drop", "repeat", "filler", "break", "falsify"), weights=(10, 6, 3, 3, 1))[0]
+    kind = rng.choices(("drop", "repeat", "filler", "break", "falsify"), weights=(10, 3, 4, 3, 1))[0]
     slot, value = sft.toy_sentences().get(edited[place], (None, None))
     if kind == "repeat" and len(edited) < sft.TOY_LONGEST:
         edited.insert(rng.randint(0, len(edited)), edited[place])
