@@ -1,10 +1,11 @@
 """Chapter 5: evaluation, or what the runs show.
 
 A run of chapter 4 leaves `metrics.jsonl`, one line per step, written from the rollout before the update: line
-k is the policy after k updates, on prompts that it has never been trained on. This chapter reads those lines.
+k is the policy after k steps, on prompts that it has not seen before, as long as the PPO share lasts.
 
     python eval.py curves --run runs/toy/token runs/toy/fixed --png runs/toy/curves.png
-    python eval.py seeds --run runs/seed0 runs/seed1 runs/seed2 --arms token fixed control
+    for s in 0 1 2; do python ma_ppo.py --seed $s --out runs/seed$s; done
+    python eval.py seeds --run runs/seed0 runs/seed1 runs/seed2
     python eval.py heatmap --run runs/toy/token runs/toy/fixed --png runs/toy/heatmap.png
 
 The paper's claim is about speed: the same reward in fewer steps. Its measure here is *steps to parity*.
@@ -79,9 +80,10 @@ PARITIES = [f"{key} {share}" for key in ("RM", "gold") for share in ("50 %", "90
 
 
 def figures(baseline, rows):
-    """What a run comes to: final RM score, gold score, gold gain in standard deviations of the first samples,
-    KL and EOS rate (smoothed), four steps to parity, median seconds per step; None where there is no such
-    figure.
+    """What a run comes to, None where there is no such figure.
+
+    Smoothed at the end: RM score, gold score, gold gain in standard deviations of step 0's samples, KL and
+    EOS rate; then four steps to parity and the median of seconds per step.
     """
     final = {key: smooth(values)[-1] for key in (*PANELS, "eos_rate") if (values := column(rows, key))}
     gain = None
@@ -115,9 +117,7 @@ def closing_table(runs):
 
 
 def seeds(args):
-    """Print a Markdown table over seeds: final scores, gold gain and steps to parity of each arm, and
-    medians.
-    """
+    """Print a Markdown table over seeds: median and range of each arm's figures."""
     heads = ["arm", "RM score", "gold score", "gold gain (SD)", "KL", "EOS rate", *PARITIES]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     baseline = [read_run(Path(folder) / args.arms[0])[1] for folder in args.run]
@@ -129,7 +129,7 @@ def seeds(args):
 
 
 def spread(values):
-    """The median and range of one figure over seeds; runs that never got there count as infinitely slow."""
+    """Median and range of one figure over seeds; a target never reached counts as infinitely slow."""
     if all(value is None for value in values):
         return "–"
     ordered = sorted(float("inf") if value is None else value for value in values)

@@ -1,9 +1,9 @@
 """Chapter 4: PPO on macro actions, beside PPO on tokens.
 
 PPO samples responses, scores them, asks which actions were better than expected, and makes those likelier. In
-RLHF an action has always been one token, so that a score that arrives after 80 tokens has to be explained
-through 80 decisions. MA-RLHF explains it through a few macro actions (chapter 3). Everything but the
-advantage stays the same:
+RLHF an action is usually one token, so that a score that arrives after 80 tokens has to be explained
+through 80 decisions. MA-RLHF explains it through a few macro actions (chapter 3). Everything but
+advantages and returns stays the same:
 
     token   delta_t = r_t + gamma V(s_t+1) - V(s_t)      A_t = delta_t + gamma lam A_t+1
     macro   delta_k = R_k + gamma V_k+1    - V_k         A_k = delta_k + gamma lam A_k+1
@@ -12,8 +12,9 @@ with R_k and V_k pooled from the tokens of macro action k. Read `train` for the 
 and `macro_gae`: their difference is the paper's idea.
 
     python ma_ppo.py                                      # SFT, RM, both arms, curves: minutes on a CPU
-    python ma_ppo.py --terminations token fixed control   # with the control: token level, horizon of fixed
-    python ma_ppo.py --terminations fixed --n 10 --sft runs/toy/sft --reward_model runs/toy/reward
+    python ma_ppo.py --terminations token fixed control   # trains all three, with the control
+    python ma_ppo.py --terminations fixed --n 10 --sft runs/toy/sft --reward_model runs/toy/reward \\
+        --out runs/n10
     python ma_ppo.py --task hh --data pairs.jsonl.gz      # real preference pairs
     torchrun --nproc_per_node=2 ma_ppo.py                 # the same run on two processes
 """
@@ -43,9 +44,10 @@ from sft import opt, print0
 class Config(sft.Config):
     """Settings of the PPO chapter. Values without a source were found on the toy."""
 
+    model: str = opt("", "what sft.py starts from, if OUT/sft has to be made; otherwise unused")
     sft: str = opt("", "SFT model: policy and reference start from it; empty: OUT/sft, made if missing")
     reward_model: str = opt("", "RM: gives the score, and the critic starts from it; empty: OUT/reward")
-    terminations: list[str] = opt(["token", "fixed"], "arms to train, one after the other; see TERMINATIONS")
+    terminations: list[str] = opt(["token", "fixed"], "arms to train, one after the other (all: see README)")
     n: int = opt(5, "tokens in a macro action of the arm `fixed` (paper: 5; code: 10)")
     steps: int = opt(60, "PPO steps: one rollout of the whole batch, then ppo_epochs updates")
     batch_size: int = opt(64, "responses per step, over all ranks (paper: 256)")
@@ -53,8 +55,8 @@ class Config(sft.Config):
     lr: float = opt(5e-4, "learning rate of the policy, constant after the warm-up")
     critic_lr: float = opt(1e-3, "learning rate of the critic")
     warmup: int = opt(10, "steps of linear warm-up of the policy's rate; the critic learns at once")
-    gamma: float = opt(1.0, "discount per macro action (paper: 1)")
-    lam: float = opt(0.95, "GAE's lambda per macro action (paper: 0.95)")
+    gamma: float = opt(1.0, "discount per macro action, or token where those are the actions (paper: 1)")
+    lam: float = opt(0.95, "GAE's lambda, likewise (paper: 0.95)")
     beta: float = opt(0.05, "weight of the KL penalty, reward per nat (paper: 0.05)")
     sigma: str = opt("equal", "value of a macro action: equal, last, decay or first (paper: equal)")
     macro_reward: str = opt("sum", "reward of a macro action: sum (paper) or mean (reference code)")
@@ -69,7 +71,7 @@ class Config(sft.Config):
 
 @dataclass
 class Rollout:
-    """What one step knows about its B responses; padding is 0 everywhere."""
+    """What one step knows about its B responses; padding is 0, but for `seg` and `batch`."""
 
     batch: sft.Batch  # tokens [B, P+T], attention [B, P+T], mask [B, T]
     seeds: list  # B integer lists [seed, step, prompt number]
@@ -202,7 +204,7 @@ def ended(batch, tokenizer):
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
-    """The KL penalty at every token, plus the score at the last real one, normally the EOS (SPEC 1.3, 6.8).
+    """4. The KL penalty at every token, plus the score at the last real one: the EOS (SPEC 1.3, 6.8).
 
     scores: [B]; logprobs, ref_logprobs, mask: [B, T]; beta in reward per nat. Returns [B, T].
     """
@@ -242,15 +244,14 @@ TEXT_STARTS = {
     "word": segment.word_starts,
     "ast": segment.ast_starts,
 }
-# control is no termination: token level with the horizon of `fixed`, lam ** (1 / n), the control of SPEC 4.
+# control is no termination: token level with the horizon of `fixed` at gamma = 1, lam ** (1 / n) (SPEC 4).
 TERMINATIONS = ("token", "fixed", "random", "perplexity", "whole", "control", *TEXT_STARTS)
 
 
 def token_gae(rewards, values, mask, gamma, lam):
-    """Advantages and returns per token (SPEC 4).
+    """5. Advantages and returns per token (SPEC 4).
 
-    rewards, values, mask: [B, T]; gamma, lam: per token. Returns (advantages, returns), [B, T], 0 in the
-    padding.
+    rewards, values, mask: [B, T]; gamma, lam: per token. Returns (advantages, returns), both [B, T].
 
     Two tokens, gamma = 1, lam = 0.5. A_1 = 2 - 1 = 1; delta_0 = 0 + 1 - 0.5 = 0.5; A_0 = 0.5 + 0.5 * 1 = 1.
 
@@ -265,7 +266,7 @@ def token_gae(rewards, values, mask, gamma, lam):
 
 
 def macro_gae(rewards, values, mask, seg, gamma, lam, sigma="equal", reward="sum"):
-    """Advantages and returns per macro action, handed to each of its tokens (SPEC 3, 4).
+    """5. Advantages and returns per macro action, handed to each of its tokens (SPEC 3, 4).
 
     rewards, values, mask: [B, T]; seg: LongTensor [B, T]; gamma, lam: per macro action; sigma, reward: see
     `pool`. Returns (advantages, returns), [B, T], 0 in the padding.
@@ -339,9 +340,9 @@ def ratios(logprobs, old_logprobs, mask, seg=None):
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, seg=None):
     """PPO's clipped objective, averaged over real tokens (SPEC 5).
 
-    logprobs, old_logprobs, advantages, mask: [B, T]. With seg (LongTensor [B, T]) there is one ratio per
-    macro action, exp of the sum over its tokens (the paper's formula), shared by its tokens. Returns a
-    scalar.
+    All [B, T], seg a LongTensor: with it there is one ratio per macro action, exp of the sum over its tokens
+    (the paper's formula). Its L tokens share that ratio, so it weighs L times as much as with token ratios.
+    Returns a scalar.
     """
     ratio = ratios(logprobs, old_logprobs, mask, seg)  # [B, T]
     clipped = ratio.clamp(1 - clip, 1 + clip)  # [B, T]
@@ -528,7 +529,7 @@ def parse(argv):
 
 
 def build_missing_stages(cfg):
-    """Run the earlier chapters for models that do not exist yet."""
+    """Run the earlier chapters, with their own defaults, for models that do not exist yet."""
     flags = ["--task", cfg.task, "--seed", str(cfg.seed)]
     flags += ["--data", *cfg.data] if cfg.data else []
     flags += ["--model", cfg.model] if cfg.model else []

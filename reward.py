@@ -10,7 +10,7 @@ Only differences are learned. A bias therefore shifts the scores afterwards so t
 average: "better than the human answer" becomes "above zero", and runs can be compared (SPEC 1.2).
 
     python reward.py                                         # toy; needs the model that sft.py wrote
-    python reward.py --sft runs/toy/sft --out runs/toy/reward --steps 300
+    python reward.py --sft runs/toy/sft --out runs/toy/reward300 --steps 300
     python reward.py --task hh --data pairs.jsonl.gz
     torchrun --nproc_per_node=2 reward.py
 """
@@ -39,9 +39,11 @@ HEAD = "scalar_head.safetensors"
 class Config(sft.Config):
     """Settings of the reward-model chapter."""
 
+    model: str = opt("", "only recorded: what the SFT model was made from")
     sft: str = opt("", "SFT model whose trunk the RM starts from; empty: runs/TASK/sft")
     steps: int = opt(600, "number of updates")
     batch_size: int = opt(32, "preference pairs per update, over all ranks")
+    micro_batch_size: int = opt(32, "pairs, so twice as many sequences, per forward pass and rank")
     lr: float = opt(1.5e-3, "peak learning rate; cosine schedule with 10 % warm-up")
 
 
@@ -82,8 +84,7 @@ class ScalarModel(nn.Module):
 
 
 def last_token_scores(model, batch):
-    """The RM's score r(x, y), read at the last real token: the EOS where there is one.  batch: `sft.Batch` ->
-    [B]
+    """The RM's score r(x, y), read at the last real token: the EOS where there is one.  -> [B]
 
     Not at the last column: on padded rows that is PAD, which the RM never learned to read (SPEC 6.8, 8).
     """
@@ -93,9 +94,7 @@ def last_token_scores(model, batch):
 
 
 def preference_loss(chosen, rejected, pair_count):
-    """Bradley-Terry loss summed over pairs and divided by `pair_count` (all ranks' pairs).  chosen, rejected:
-    [B]
-    """
+    """Bradley-Terry loss, summed over pairs and divided by `pair_count`, that of all ranks.  [B] -> scalar"""
     return -F.logsigmoid(chosen - rejected).sum() / pair_count
 
 
@@ -148,9 +147,7 @@ def start_model(cfg, device):
 
 
 def micro_losses(model, pairs, tokenizer, cfg, device):
-    """Yield the loss of one micro-batch of pairs after the other, both responses of a pair in one forward
-    pass.
-    """
+    """Yield one loss per micro-batch of pairs, both responses of a pair in one forward pass."""
     for part in sft.micro_slices(len(pairs), cfg.micro_batch_size):
         scores = pair_scores(model, pairs[part], tokenizer, device)  # [2, pairs]
         yield preference_loss(scores[0], scores[1], cfg.batch_size)
@@ -241,10 +238,11 @@ def gold_score(prompt, response):
     A sentence is `broken` if it is none of the toy's sentences or lacks its full stop, and `repeated` if its
     fact has been stated before, rightly or wrongly.
 
-    >>> post = "POST Subreddit: r/travel it got foggy as soon as we arrived. last may i had some time. TL;DR:"
+    >>> facts = "it got foggy as soon as we arrived. last july i had some free days."
+    >>> post = f"POST Subreddit: r/travel {facts} TL;DR:"
     >>> gold_score(post, " the weather was mostly foggy for us. it was the middle of may back then.")
     0.75
-    >>> gold_score(post, " it got foggy as soon as we arrived. it got foggy as soon as we arrived. we")
+    >>> gold_score(post, " the weather was mostly foggy for us. the weather was mostly foggy for us. it")
     -0.25
     """
     post = prompt.removeprefix("POST Subreddit: r/travel").removesuffix("TL;DR:")
@@ -285,9 +283,10 @@ def toy_edit(rng, sentences):
 
 
 def toy_pair(row):
-    """The preference pair about a toy post: {prompt, chosen, rejected}. Half the pairs are two independent
-    summaries, half differ by one or two edits; the better one is chosen with Bradley-Terry probability
-    sigmoid(3 x margin).
+    """The preference pair about a toy post: {prompt, chosen, rejected}.
+
+    Half the pairs are two independent summaries, half differ by one or two edits; the better one is chosen
+    with Bradley-Terry probability sigmoid(3 x margin).
     """
     rng = random.Random(f"{sft.SPLIT_SEED} pair {row['number']}")
     facts = dict(

@@ -6,7 +6,7 @@ is one boolean tensor, and everything downstream follows from it:
 
     starts[b, t] = True where a macro action begins              [B, T]
     seg          = starts.cumsum(1) - 1                          [B, T], numbers 0, 1, 2, ... along each row
-    pool(x, seg) = sum of sigma * x over each macro action       [B, T] -> [B, K]
+    pool(x, seg, mask, how) = weighted sums over macro actions   [B, T] -> [B, K]
 
     response   the  cat  sat  on   the  mat  <eos> <pad>
     mask        1    1    1    1    1    1     1     0
@@ -17,8 +17,7 @@ Rows of a batch have different numbers of macro actions; K is the largest, and s
 Source: Chai et al., ICLR 2025, sections 3.2 and 3.3; SPEC 2 and 3. This chapter imports no other.
 
     python segment.py --text "Well done. Now do it again!" --termination fixed --n 3
-    python segment.py --file solution.py --termination ast --model runs/sft
-    python segment.py --file answer.txt --model runs/sft --png segments.png     # every termination
+    python segment.py --file solution.py --termination ast
 """
 
 import argparse
@@ -548,6 +547,7 @@ def draw(rows, text, offsets, path, width=88):
             top, tint = r * block + line + 0.3, ("#a9d3f5", "#ffd58a")[macro[token] % 2]
             axes.add_patch(Rectangle((column, top), len(piece), 1, color=tint, lw=0))
             axes.text(column, top + 0.5, piece, **font)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 

@@ -42,18 +42,22 @@ hf_logging.disable_progress_bar()
 def opt(default, text):
     """A `Config` field with its --help text."""
     kind = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(**kind, metadata={"help": text})
+    return field(**kind, metadata={"help": text.replace("%", "%%")})  # argparse formats help texts
 
 
 @dataclass
 class Config:
     """Settings of the SFT chapter; the first block is spelled the same way in every chapter."""
 
-    task: str = opt("toy", "toy (embedded) or hh (preference pairs from --data)")
+    task: str = opt("toy", "toy (embedded) or hh (preference pairs from --data; smaller defaults)")
     data: list[str] = opt([], "files of rows, .jsonl or .jsonl.gz, for tasks other than toy")
     model: str = opt("", "Hugging Face causal LM to start from; empty: a small Llama from scratch")
-    out: str = opt("", "folder to write to; empty: runs/TASK/sft")
-    seed: int = opt(0, "seed of initialisation and data order; the split of the data never depends on it")
+    out: str = opt(
+        "", "folder to write to; empty: runs/TASK/sft, runs/TASK/reward, or runs/TASK for ma_ppo.py"
+    )
+    seed: int = opt(
+        0, "of initialisation, data order and sampling; the split of the data never depends on it"
+    )
     steps: int = opt(350, "number of updates")
     batch_size: int = opt(32, "sequences per update, over all ranks")
     micro_batch_size: int = opt(32, "sequences per forward pass and rank; changes memory, not the result")
@@ -64,8 +68,7 @@ class Config:
 
 
 ADAM = {"betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}  # eps: SPEC 8
-# What a task changes in these defaults; a flag overrides both. hh: sized for a quarter of an hour on two
-# cores.
+# What a task changes in these defaults; a flag overrides both. hh: sized for minutes on two cores.
 SHORT = {"max_prompt": 192, "max_response": 96}
 DEFAULTS = {
     "toy": {},
@@ -414,10 +417,8 @@ def small_tokenizer(task, texts):
     special = ["<pad>", "<eos>", "<unk>"]
     if task == "toy":
         tokenizer = Tokenizer(WordLevel(unk_token="<unk>"))
-        words = [
-            pre_tokenizers.Metaspace(),
-            pre_tokenizers.Punctuation(),
-        ]  # "▁in", "▁oslo", "."
+        # " in oslo." -> "▁in", "▁oslo", "."
+        words = [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
         tokenizer.decoder = decoders.Metaspace()
         trainer = trainers.WordLevelTrainer(special_tokens=special, show_progress=False)
@@ -450,12 +451,8 @@ def encode(rows, tokenizer, cfg, names=("prompt", "response")):
 
 
 SPLIT_SEED = 1234  # the paper's; a fixed number, so that stages run with different --seed never share rows
-SHARES = {
-    "test": (0, 0.1),
-    "sft": (0.1, 0.28),
-    "rm": (0.28, 0.64),
-    "ppo": (0.64, 1),
-}  # 10 % held out, 20/40/40
+# 10 % of the prompts are held out; 20/40/40 % of the rest.
+SHARES = {"test": (0, 0.1), "sft": (0.1, 0.28), "rm": (0.28, 0.64), "ppo": (0.64, 1)}
 
 
 @cache
@@ -522,7 +519,7 @@ def split(rows, share):
 # The toy, a miniature TL;DR. A post states twelve facts about a trip, in random order and wording; a summary
 # should state each of them once. Unlike with real data, true quality is known: `gold_score` of chapter 2.
 TOY_ROWS, TOY_LONGEST = 30_000, 14  # posts; sentences of a summary, so that it fits into max_response
-# A line of the summary for each slot, two of the post, and the six values that may stand in them.
+# Each slot: its six values, the wording of summaries, two wordings of posts.
 TOY_FACTS = dict(
     friend=("anna ben carla david emma felix", "my old friend {} came along with me",
         "this time i took young {} with me", "{} from work joined me for it all"),
@@ -566,8 +563,10 @@ def toy_sentences():
 
 
 def toy_summary(rng, facts, share, wrong, fillers, repeats):
-    """A list of sentences: a `share` of the `facts` {slot: value}, each `wrong` with that probability, and in
-    random places up to `fillers` fillers and `repeats` repetitions.  rng: random.Random"""
+    """A list of sentences: a `share` of the `facts` {slot: value}, and up to so many fillers and repetitions.
+
+    With probability `wrong` a fact's value is drawn at random, and so wrong 5 times in 6.  rng: random.Random
+    """
     sentences = []
     for slot in rng.sample(list(facts), round(share * len(facts))):
         values, wording, *_ = TOY_FACTS[slot]
