@@ -4,7 +4,7 @@ A run of chapter 4 leaves `metrics.jsonl`, one line per step, written from the r
 k is the policy after k steps, on prompts that it has not seen before, as long as the PPO share lasts.
 
     python eval.py curves --run runs/toy/token runs/toy/fixed --png runs/toy/curves.png
-    for s in 0 1 2; do python ma_ppo.py --seed $s --out runs/seed$s; done
+    python ma_ppo.py --seed 0 --out runs/seed0    # likewise 1 and 2
     python eval.py seeds --run runs/seed0 runs/seed1 runs/seed2
     python eval.py heatmap --run runs/toy/token runs/toy/fixed --png runs/toy/heatmap.png
 
