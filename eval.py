@@ -225,7 +225,9 @@ def draw_tokens(ax, sample, cells, limit):
     for t, (line, column, text) in enumerate(cells):
         colour = colormaps["RdBu"](0.5 + 0.45 * sample["advantages"][t] / limit)
         ax.add_patch(Rectangle((column, line + 0.08), len(text), 0.84, color=colour, linewidth=0))
-        ax.text(column, line + 0.52, text, va="center", family="monospace", fontsize=9.3, parse_math=False)
+        ink = "white" if abs(sample["advantages"][t]) > 0.7 * limit else "black"
+        font = {"color": ink, "family": "monospace", "fontsize": 9.3, "parse_math": False}
+        ax.text(column, line + 0.52, text, va="center", **font)
         if t == 0 or sample["seg"][t] != sample["seg"][t - 1]:
             ax.plot([column, column], [line + 0.08, line + 0.92], color="black", linewidth=1.5)
 
