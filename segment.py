@@ -438,8 +438,6 @@ def benepar_parser(model="benepar_en3"):
     return lambda texts: [[parse(s) for s in doc.sents] for doc in with_sentences.pipe(texts)]
 
 
-# The viewer: python segment.py
-
 TERMINATIONS = ("token", "fixed", "random", "perplexity", "parsing", "sentence", "word", "ast", "whole")
 
 
@@ -558,6 +556,7 @@ def fail(message):
 
 
 def read_arguments():
+    """The viewer's command line."""
     parser = argparse.ArgumentParser(description="Show how a response splits into macro actions.")
     parser.error = fail
     source = parser.add_mutually_exclusive_group(required=True)
@@ -577,6 +576,7 @@ def read_arguments():
 
 
 def main():
+    """The viewer: print a response with its macro actions marked, or draw every termination."""
     args = read_arguments()
     try:
         given = Path(args.file).read_text(encoding="utf-8") if args.file else args.text
