@@ -263,12 +263,12 @@ def gold_score(prompt, response):
 
 
 def toy_edit(rng, sentences):
-    """A copy of a summary with one sentence dropped, repeated, made filler, broken off or falsified."""
+    """A copy of a summary, one sentence dropped, replaced by another or a filler, broken or falsified."""
     edited, place = list(sentences), rng.randrange(len(sentences))
-    kind = rng.choices(("drop", "repeat", "filler", "break", "falsify"), weights=(10, 3, 4, 3, 1))[0]
+    kind = rng.choices(("drop", "repeat", "filler", "break", "falsify"), weights=(4, 4, 4, 2, 1))[0]
     slot, value = sft.toy_sentences().get(edited[place], (None, None))
-    if kind == "repeat" and len(edited) < sft.TOY_LONGEST:
-        edited.insert(rng.randint(0, len(edited)), edited[place])
+    if kind == "repeat" and len(edited) > 1:
+        edited[place] = rng.choice(edited[:place] + edited[place + 1 :])
     elif kind == "filler":
         edited[place] = rng.choice(sft.TOY_FILLERS)
     elif kind == "break":
@@ -304,7 +304,12 @@ def toy_pair(row):
 
 
 def _any_summary(rng, facts):
-    return sft.toy_summary(rng, facts, rng.uniform(0.1, 1.0), rng.uniform(0.0, 0.2), 4, 4)
+    """A summary of any quality, which may repeat itself until it is full.
+
+    Length must not betray coverage: or else the RM learns that longer is better, and the policy to repeat.
+    """
+    share, wrong = rng.uniform(0.1, 1.0), rng.uniform(0.0, 0.2)
+    return sft.toy_summary(rng, facts, share, wrong, rng.randint(0, 4), sft.TOY_LONGEST)
 
 
 if __name__ == "__main__":

@@ -563,16 +563,17 @@ def toy_sentences():
 
 
 def toy_summary(rng, facts, share, wrong, fillers, repeats):
-    """A list of sentences: a `share` of the `facts` {slot: value}, and up to so many fillers and repetitions.
+    """Sentences: a `share` of the `facts` {slot: value}, so many fillers, and up to so many repetitions.
 
-    With probability `wrong` a fact's value is drawn at random, and so wrong 5 times in 6.  rng: random.Random
+    With probability `wrong` a fact's value is drawn at random, and so wrong 5 times in 6. Never more than
+    TOY_LONGEST sentences.  rng: random.Random
     """
     sentences = []
     for slot in rng.sample(list(facts), round(share * len(facts))):
         values, wording, *_ = TOY_FACTS[slot]
         value = rng.choice(values.split()) if rng.random() < wrong else facts[slot]
         sentences.append(wording.format(value))
-    extra = rng.sample(TOY_FILLERS, rng.randint(0, min(fillers, TOY_LONGEST - len(sentences))))
+    extra = rng.sample(TOY_FILLERS, min(fillers, TOY_LONGEST - len(sentences)))
     extra += rng.choices(sentences, k=rng.randint(0, min(repeats, TOY_LONGEST - len(sentences) - len(extra))))
     for sentence in extra:
         sentences.insert(rng.randint(0, len(sentences)), sentence)
@@ -584,7 +585,7 @@ def toy_row(index):
     rng = random.Random(f"{SPLIT_SEED} {index}")
     facts = {slot: rng.choice(values.split()) for slot, (values, *_) in TOY_FACTS.items()}
     post = [rng.choice(TOY_FACTS[slot][2:]).format(facts[slot]) for slot in rng.sample(list(facts), 12)]
-    response = toy_text(toy_summary(rng, facts, rng.uniform(0.3, 0.7), 0.1, 4, 2))
+    response = toy_text(toy_summary(rng, facts, rng.uniform(0.3, 0.7), 0.1, rng.randint(2, 4), 2))
     prompt = f"POST Subreddit: r/travel{toy_text(post)} TL;DR:"
     return {"prompt": prompt, "response": response, "number": index}
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -277,7 +278,16 @@ def test_a_pair_depends_on_its_row_only_and_fits_into_the_response(pairs):
     assert longest < sft.Config().max_response  # and one more for the EOS
 
 
-def test_an_edit_drops_adds_or_replaces_one_sentence():
+def test_the_length_of_a_summary_does_not_betray_its_coverage(pairs):
+    """When it did (correlation 0.84), the RM paid for every sentence, and the policy learned to repeat."""
+    seen = []
+    for text in (pair[name] for pair in pairs[:1000] for name in ("chosen", "rejected")):
+        slots = [sft.toy_sentences().get(s.strip(), (None,))[0] for s in text.split(".")[:-1]]
+        seen.append((len(text.split()), len({slot for slot in slots if slot})))
+    assert np.corrcoef(np.array(seen).T)[0, 1] < 0.65
+
+
+def test_an_edit_drops_or_replaces_one_sentence():
     rng, kinds = random.Random(0), Counter()
     for index in range(300):
         before = [s.strip() for s in sft.toy_row(index)["response"].split(".")[:-1]]
@@ -287,5 +297,5 @@ def test_an_edit_drops_adds_or_replaces_one_sentence():
         assert more.total() <= 1
         assert fewer.total() <= 1
         kinds[more.total(), fewer.total()] += 1
-    # dropped, repeated, replaced (a filler or a falsehood), or a filler replaced by itself
-    assert {(0, 1), (1, 0), (1, 1)} <= set(kinds) <= {(0, 1), (1, 0), (1, 1), (0, 0)}
+    # dropped, replaced (by another, a filler, a fragment or a falsehood), or replaced by itself
+    assert {(0, 1), (1, 1)} <= set(kinds) <= {(0, 1), (1, 1), (0, 0)}
