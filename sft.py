@@ -333,7 +333,8 @@ def parse(config_class, chapter, argv=None):
     title = sys.modules[config_class.__module__].__doc__.split("\n")[0]
     parser = HfArgumentParser(config_class, description=title)
     parser.error = fail
-    task = parser.parse_known_args(argv)[0].task
+    argv = sys.argv[1:] if argv is None else argv
+    task = parser.parse_known_args([flag for flag in argv if flag not in ("-h", "--help")])[0].task
     if task not in DEFAULTS:
         fail(f"unknown task {task!r}: choose from {', '.join(DEFAULTS)}")
     parser.set_defaults(**DEFAULTS[task].get(chapter, {}))

@@ -540,3 +540,9 @@ def test_help_of_every_chapter_prints_its_settings(chapter, monkeypatch, capsys)
         importlib.import_module(chapter).main()
     assert stop.value.code == 0
     assert "usage:" in capsys.readouterr().out
+
+
+def test_help_shows_the_defaults_of_the_task_that_was_named(capsys):
+    with pytest.raises(SystemExit):
+        sft.main(["--task", "hh", "--help"])
+    assert f"number of updates (default: {sft.DEFAULTS['hh']['sft']['steps']})" in capsys.readouterr().out
