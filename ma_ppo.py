@@ -21,6 +21,7 @@ and `macro_gae`: their difference is the paper's idea.
 
 import copy
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -500,9 +501,10 @@ def write_samples(path, step, rollout, examples, tokenizer):
 
 RULES = (  # (settings, test, what to say)
     ("n ppo_epochs", lambda x: x >= 1, "at least 1"),
-    ("clip temperature critic_lr top_p", lambda x: x > 0, "positive"),
-    ("gamma lam beta top_k warmup", lambda x: x >= 0, "0 or more"),
+    ("clip temperature critic_lr top_p", lambda x: 0 < x < math.inf, "positive"),
+    ("gamma lam beta top_k warmup", lambda x: 0 <= x < math.inf, "0 or more"),
     ("gamma lam top_p", lambda x: x <= 1, "at most 1"),
+    ("no_eos_score", math.isfinite, "a finite number"),
     ("sigma", ("equal", "last", "decay", "first").__contains__, "equal, last, decay or first"),
     ("macro_reward", ("sum", "mean").__contains__, "sum or mean"),
     ("ratio", ("token", "macro").__contains__, "token or macro"),

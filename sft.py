@@ -52,12 +52,8 @@ class Config:
     task: str = opt("toy", "toy (embedded) or hh (preference pairs from --data; smaller defaults)")
     data: list[str] = opt([], "files of rows, .jsonl or .jsonl.gz, for tasks other than toy")
     model: str = opt("", "Hugging Face causal LM to start from; empty: a small Llama from scratch")
-    out: str = opt(
-        "", "folder to write to; empty: runs/TASK/sft, runs/TASK/reward, or runs/TASK for ma_ppo.py"
-    )
-    seed: int = opt(
-        0, "of initialisation, data order and sampling; the split of the data never depends on it"
-    )
+    out: str = opt("", "folder to write to; empty: runs/TASK/sft, runs/TASK/reward, or runs/TASK (PPO)")
+    seed: int = opt(0, "of initialisation, data order and sampling; never of the split of the data")
     steps: int = opt(350, "number of updates")
     batch_size: int = opt(32, "sequences per update, over all ranks")
     micro_batch_size: int = opt(32, "sequences per forward pass and rank; changes memory, not the result")
@@ -347,18 +343,18 @@ def parse(config_class, chapter, argv=None):
 def check(cfg):
     """Refuse settings that cannot work, before anything is computed."""
     for name in ("steps", "batch_size", "micro_batch_size", "lr", "max_prompt", "max_response"):
-        if getattr(cfg, name) <= 0:
+        if not 0 < getattr(cfg, name) < math.inf:
             fail(f"--{name} must be positive, got {getattr(cfg, name)}")
     if cfg.batch_size % (ranks := int(os.environ.get("WORLD_SIZE", 1))):
         fail(f"--batch_size {cfg.batch_size} is not divisible by the number of ranks, {ranks}")
     if (cfg.task == "toy") == bool(cfg.data):
         fail("--task hh needs --data FILE; --task toy makes its own data and takes none")
-    if cfg.seed < 0:
-        fail(f"--seed must be 0 or more, got {cfg.seed}")
+    if not 0 <= cfg.seed < 2**63:
+        fail(f"--seed must be 0 or more and below 2**63, got {cfg.seed}")
     try:
-        torch.device(cfg.device or "cpu")
-    except RuntimeError:
-        fail(f"--device {cfg.device}: not a torch device (cpu, cuda, cuda:0, ...)")
+        torch.empty(0, device=cfg.device or "cpu")
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
+        fail(f"--device {cfg.device} cannot be used: {str(error).splitlines()[0]}")
 
 
 def make_folder(path):
@@ -386,7 +382,10 @@ def load_causal_lm(path, device="cpu"):
     All models of the pipeline stay in eval mode: with dropout the first PPO ratio would not be 1 (SPEC 8).
     """
     tokenizer = load_or_fail(AutoTokenizer.from_pretrained, path)
-    model = load_or_fail(AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32).eval().to(device)
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, report = load_or_fail(AutoModelForCausalLM.from_pretrained, path, **options)
+    if report["missing_keys"]:
+        fail(f"{path} holds no causal LM: it has no {sorted(report['missing_keys'])[0]}")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no EOS token: a response could never end")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -394,7 +393,7 @@ def load_causal_lm(path, device="cpu"):
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
+    return model.eval().to(device), tokenizer
 
 
 def start_model(cfg, rows):
@@ -451,9 +450,8 @@ def encode(rows, tokenizer, cfg, names=("prompt", "response")):
     return encoded
 
 
-SPLIT_SEED = 1234  # the paper's; a fixed number, so that stages run with different --seed never share rows
-# 10 % of the prompts are held out; 20/40/40 % of the rest.
-SHARES = {"test": (0, 0.1), "sft": (0.1, 0.28), "rm": (0.28, 0.64), "ppo": (0.64, 1)}
+SPLIT_SEED = 1234  # the paper's; fixed, so that stages run with different --seed never share rows
+SHARES = {"test": (0, 0.1), "sft": (0.1, 0.28), "rm": (0.28, 0.64), "ppo": (0.64, 1)}  # 20/40/40 % of 90 %
 
 
 @cache

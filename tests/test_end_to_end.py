@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaModel,
+)
 
 import ma_ppo
 import reward
@@ -409,6 +416,10 @@ def refuses(monkeypatch, capsys, tmp_path):
         ("--batch_size 0", "--batch_size"),
         ("--micro_batch_size -1", "--micro_batch_size"),
         ("--lr 0", "--lr"),
+        ("--lr nan", "--lr"),
+        ("--lr inf", "--lr"),
+        (f"--seed {2**63}", "--seed"),
+        ("--device meta:x", "--device"),
         ("--max_response 0", "--max_response"),
         ("--device nonsense", "nonsense"),
         ("--nonsense 1", "--nonsense"),
@@ -437,6 +448,8 @@ def test_every_chapter_refuses_settings_that_cannot_work(refuses, chapter, flags
         ("--macro_reward nonsense", "nonsense"),
         ("--ratio nonsense", "nonsense"),
         ("--clip 0", "--clip"),
+        ("--beta nan", "--beta"),
+        ("--no_eos_score nan", "--no_eos_score"),
         ("--critic_lr 0", "--critic_lr"),
         ("--temperature 0", "--temperature"),
         ("--top_k -1", "--top_k"),
@@ -469,6 +482,19 @@ def test_a_checkpoint_folder_without_a_model_in_it_is_named(refuses, tmp_path):
     empty.mkdir()
     for chapter, flag in ((sft, "--model"), (reward, "--sft"), (ma_ppo, "--sft"), (ma_ppo, "--reward_model")):
         assert str(empty) in refuses(chapter, flag, str(empty))
+
+
+def test_the_trunk_of_a_reward_model_is_no_causal_lm(refuses, tmp_path):
+    """transformers would give it a random head without a word, and PPO would train noise."""
+    tokenizer = sft.small_tokenizer("toy", [" a b"])
+    trunk = LlamaModel(LlamaConfig(vocab_size=5, hidden_size=8, num_attention_heads=2, num_hidden_layers=1))
+    sft.save_run([reward.ScalarModel(trunk), tokenizer], tmp_path)
+    assert "lm_head" in refuses(ma_ppo, "--sft", str(tmp_path), "--reward_model", str(tmp_path))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_named(refuses):
+    assert "--device cuda" in refuses(sft, "--device", "cuda")
 
 
 def test_an_output_folder_that_cannot_be_written_is_named(refuses, tmp_path):
