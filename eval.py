@@ -16,6 +16,7 @@ run's steps, so less than 1 means faster.
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -117,7 +118,7 @@ def closing_table(runs):
 
 
 def seeds(args):
-    """Print a Markdown table over seeds: median and range of each arm's figures."""
+    """Print a Markdown table over seeds: median and range (--mean: mean ± s.d.) of each arm's figures."""
     heads = ["arm", "RM score", "gold score", "gold gain (SD)", "KL", "EOS rate", *PARITIES]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     baseline = [read_run(Path(folder) / args.arms[0])[1] for folder in args.run]
@@ -125,14 +126,23 @@ def seeds(args):
         table = []
         for folder, base in zip(args.run, baseline, strict=True):
             table.append(figures(base, read_run(Path(folder) / arm)[1])[: len(heads) - 1])
-        print(f"| {arm} | " + " | ".join(spread(column) for column in zip(*table, strict=True)) + " |")
+        print(f"| {arm} | " + " | ".join(spread(x, args.mean) for x in zip(*table, strict=True)) + " |")
 
 
-def spread(values):
-    """Median and range of one figure over seeds; a target never reached counts as infinitely slow."""
+def spread(values, mean=False):
+    """Median and range of one figure over seeds; a target never reached counts as infinitely slow.
+
+    With `mean`, mean ± standard deviation over seeds instead.
+
+    >>> spread([1.0, None, 3.0]), spread([1.0, 3.0], mean=True)
+    ('3.00 (1.00 to inf)', '2.00 ± 1.41')
+    """
     if all(value is None for value in values):
         return "–"
     ordered = sorted(float("inf") if value is None else value for value in values)
+    if mean and ordered[-1] < float("inf"):
+        deviation = statistics.stdev(ordered) if len(ordered) > 1 else 0.0
+        return f"{statistics.mean(ordered):.2f} ± {deviation:.2f}"
     middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
     return f"{middle:.2f} ({ordered[0]:.2f} to {ordered[-1]:.2f})"
 
@@ -266,6 +276,7 @@ def main(argv=None):
     sub.error = fail
     sub.add_argument("--run", nargs="+", required=True, help="--out folders of ma_ppo.py, one a seed")
     sub.add_argument("--arms", nargs="+", default=["token", "fixed"], help="arms (default: token fixed)")
+    sub.add_argument("--mean", action="store_true", help="mean ± standard deviation, not median (range)")
     sub = commands.add_parser("heatmap", help="one response per run, its tokens coloured by advantage")
     sub.error = fail
     sub.add_argument("--run", nargs="+", required=True, help="folders that ma_ppo.py wrote, one an arm")
