@@ -306,13 +306,13 @@ def test_ast_cuts_a_function_with_a_loop_a_call_over_two_lines_and_a_comment_int
 @pytest.mark.parametrize(
     ("text", "statements"),
     [
-        ("@cache\n@a('/')\nclass A:\n  x: int = 3; y = 4\n", ["@cache", "@a('/')", "class A:", "x: int = 3; y = 4"]),
+        ("@a\n@b('/')\nclass A:\n  x: int = 3; y = 4\n", ["@a", "@b('/')", "class A:", "x: int = 3; y = 4"]),
         ('def f():\n  """Doc.\n\n  more"""\n  pass', ["def f():", '"""Doc.\n\n  more"""', "pass"]),
         ("a = 1 + \\\n  2\nassert a, \\\n 'x'\n", ["a = 1 + \\\n  2", "assert a, \\\n 'x'"]),
         ('x = f"{a:>{w}}"\ny = f"""\n{a +\n b}"""\nz', ['x = f"{a:>{w}}"', 'y = f"""\n{a +\n b}"""', "z"]),
         ("a = 1\n\f\ndef f():\n\f  return\n\fb", ["a = 1", "def f():", "return", "b"]),
         ("if x:\n\ty = 1\nelse:\n\ty = 2", ["if x:", "y = 1", "else:", "y = 2"]),
-        ("def f():\r\n  g(1,\r\n    2)\r\n  # c\r\n  return\r\n", ["def f():", "g(1,\r\n    2)", "# c\r\n  return"]),
+        ("if a:\r\n  g(1,\r\n    2)\r\n  # c\r\n  pass\r\n", ["if a:", "g(1,\r\n    2)", "# c\r\n  pass"]),
         (' if a:\r  b\rc = """\r"""\rd', ["if a:", "b", 'c = """\r"""', "d"]),
         ("π = '東 😀 \u2028'\nif π:\n  a\n# out\n  b", ["π = '東 😀 \u2028'", "if π:", "a", "# out\n  b"]),
     ],
