@@ -113,7 +113,7 @@ def pool(x, seg, mask, how):
         sum    1          rewards (paper, rho = 1)       equal  1 / L   values (paper's default); alias `mean`
         first  [i = 0]    the textbook SMDP baseline     last   [i = L-1]   the paper's "unit"
         decay  1 / ((L - i) H_L), H_L = 1 + 1/2 + ... + 1/L: later tokens weigh more
-    Computed in float32 at least: bfloat16 cannot count beyond 256. Raises ValueError for any other `how`.
+    Computed in float32 at least: bfloat16 rounds counts beyond 256. Raises ValueError for any other `how`.
 
     >>> seg, mask = torch.tensor([[0, 0, 0, 1, 1]]), torch.tensor([[1, 1, 1, 1, 0]])
     >>> pool(torch.tensor([[1.0, 2.0, 6.0, 4.0, 9.0]]), seg, mask, "sum")
