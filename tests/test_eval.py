@@ -219,3 +219,21 @@ def test_a_missing_sample_is_named_in_one_line_with_exit_code_2(tmp_path, capsys
     assert nowhere in one_error_line(capsys, "heatmap", "--run", nowhere, *png)
     assert "step 7" in one_error_line(capsys, "heatmap", "--run", run, "--step", "7", *png)
     assert "sample 2" in one_error_line(capsys, "heatmap", "--run", run, "--sample", "2", *png)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[1]", '{"step": 0}', "", "\x00", json.dumps(SAMPLE | {"step": 0, "values": [1]}),
+     json.dumps({key: [] for key in SAMPLE} | {"step": 0})],
+)  # fmt: skip
+def test_damaged_samples_are_one_line_with_exit_code_2(tmp_path, capsys, line):
+    (tmp_path / "samples.jsonl").write_text(line + "\n")
+    png = str(tmp_path / "heatmap.png")
+    assert str(tmp_path) in one_error_line(capsys, "heatmap", "--run", str(tmp_path), "--png", png)
+
+
+def test_a_picture_s_name_is_taken_as_it_is(tmp_path, capsys):
+    run = write_samples(tmp_path / "token", 0)
+    assert "directory" in one_error_line(capsys, "heatmap", "--run", run, "--png", str(tmp_path))
+    chapter5.main(["heatmap", "--run", run, "--png", str(tmp_path / "no_suffix")])
+    assert (tmp_path / "no_suffix").read_bytes().startswith(b"\x89PNG")

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -155,6 +156,16 @@ def test_macro_actions_of_one_token_are_token_level_exactly(sigma, pooling, leng
     macro = macro_gae(rewards, values, mask, seg, gamma, lam, sigma, pooling)
     for by_token, by_macro in zip(token_gae(rewards, values, mask, gamma, lam), macro, strict=True):
         assert torch.equal(by_token, by_macro)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_macro_actions_of_one_token_are_token_level_exactly_in_every_precision(kind):
+    rewards, values, mask, _ = ragged([9, 1, 12], 0, extra=1)
+    rewards, values, seg = rewards.to(kind), values.to(kind), segment_ids(token_starts(mask), mask)
+    for sigma in SIGMAS:
+        macro = macro_gae(rewards, values, mask, seg, 0.9, 0.8, sigma, "mean")
+        for by_token, by_macro in zip(token_gae(rewards, values, mask, 0.9, 0.8), macro, strict=True):
+            assert torch.equal(by_token, by_macro)
 
 
 @pytest.mark.parametrize("sigma", SIGMAS)
@@ -331,12 +342,16 @@ def test_value_loss_is_that_of_a_loop_over_real_tokens(lengths, seed, clip):
 @given(lengths, seeds)
 def test_what_stands_in_the_padding_never_changes_a_loss(lengths, seed):
     new, old, advantages, mask, seg = loss_inputs(lengths, seed)
-    dirt = [x + 7 * (1 - mask) for x in (new, -old, advantages)]
-    new_, old_, advantages_ = dirt[0], -dirt[1], dirt[2]
-    for s in (None, seg):
-        clean = policy_loss(new, old, advantages, mask, seg=s)
-        assert torch.equal(clean, policy_loss(new_, old_, advantages_, mask, seg=s))
-    assert torch.equal(value_loss(new, old, advantages, mask), value_loss(new_, old_, advantages_, mask))
+    for dirt in (7.0, -9.0, math.inf, math.nan):
+        dirty = [x.masked_fill(mask == 0, dirt) for x in (new, old, advantages)]
+        for loss in (policy_loss, partial(policy_loss, seg=seg), value_loss):
+            learned, dirty_learned = new.clone().requires_grad_(), dirty[0].requires_grad_()
+            clean, other = loss(learned, old, advantages, mask), loss(*dirty, mask)
+            assert torch.equal(clean, other)
+            (gradient,) = torch.autograd.grad(clean, learned)
+            (other_gradient,) = torch.autograd.grad(other, dirty_learned)
+            assert torch.equal(gradient, other_gradient) and not gradient[mask == 0].any()
+        assert torch.equal(whiten(advantages, mask), whiten(dirty[2], mask))
 
 
 # Rewards

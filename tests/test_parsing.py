@@ -7,6 +7,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -262,8 +263,19 @@ def sentencepiece_like(corpus, size=300):
     return wrap(tokenizer)
 
 
+def byte_fallback():
+    """What Llama 2 does with a character that it does not know: one token `<0x..>` for each of its bytes."""
+    bytes_, letters = [f"<0x{byte:02X}>" for byte in range(256)], [chr(c) for c in range(97, 123)]
+    vocabulary = {piece: i for i, piece in enumerate([*SPECIAL, *bytes_, "▁", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(parts)
+    return wrap(tokenizer)
+
+
 KINDS = [word_level, byte_level, sentencepiece_like]
-SMALL = {make.__name__: make(CORPUS) for make in KINDS}
+SMALL = {make.__name__: make(CORPUS) for make in KINDS} | {"byte_fallback": byte_fallback()}
 
 
 def check_tiles(text, offsets, ids):
@@ -305,6 +317,46 @@ def test_a_character_of_four_byte_tokens_belongs_to_the_first():
     assert text == "a😀é"
     assert offsets == [(0, 1), (1, 2), (2, 2), (2, 2), (2, 2), (2, 3), (3, 3)]
     assert token_offsets(tokenizer, ids[:3]) == ("a\ufffd", [(0, 1), (1, 2), (2, 2)])  # cut off by max length
+
+
+def test_each_of_two_unknown_characters_in_a_row_belongs_to_the_first_of_its_own_bytes():
+    tokenizer = SMALL["byte_fallback"]
+    ids = tokenizer("a\n東京b")["input_ids"]
+    assert len(ids) == 2 + 3 + 3 + 1
+    text, offsets = token_offsets(tokenizer, ids)
+    assert text == "a\n東京b"
+    begins = [(start, end) for start, end in offsets if start < end]
+    assert begins == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
+    assert [offsets.index(span) for span in begins] == [0, 1, 2, 5, 8]
+
+
+def test_a_bad_byte_that_spoils_those_before_it_does_not_shift_the_rest():
+    """<0x41> alone decodes to A, but with <0xFF> behind it to a second U+FFFD: what was written changes."""
+    tokenizer = SMALL["byte_fallback"]
+    ids = tokenizer.convert_tokens_to_ids(["a", "<0xE6>", "<0x9D>", "<0xB1>", "<0xFF>", "▁", "b"])
+    text, offsets = token_offsets(tokenizer, ids)
+    assert text == "a" + 4 * "\ufffd" + " b" == tokenizer.decode(ids)
+    assert offsets[0] == (0, 1) and offsets[-1] == (6, 7)
+    check_tiles(text, offsets, ids)
+
+
+AWKWARD = [
+    "  both ends  ", "\r\nCR LF\r\n", "\ttab\t", "👩‍👩‍👧‍👦 family 👍🏽!", "東京は日本の。",
+    "e\u0301a\u0308 n\u0303o", "a\u200bb \ufeffc \u00a0d\u2028e", "\ufffd really \ufffd", "", " ",
+    "\n\n\n", "🇩🇪🇫🇷", "العربية", "<eos> <pad>x", "a\0b\x1b[0m",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+def test_awkward_text_comes_back_from_its_macro_actions_for_tokenizers_that_lose_nothing(kind):
+    tokenizer = SMALL[kind]
+    for original in AWKWARD:
+        ids = [*tokenizer(original)["input_ids"], tokenizer.eos_token_id]
+        text, offsets = token_offsets(tokenizer, ids)
+        assert text == original or "<eos>" in original
+        for by in (sentence_starts, word_starts, ast_starts):
+            starts = by(torch.ones(1, len(ids)), [text], [offsets])[0][0].tolist()
+            assert starts[0] and "".join(pieces(text, offsets, starts)) == text
 
 
 # A real parser and real text
@@ -357,6 +409,36 @@ def test_a_missing_parser_names_its_pip_install(module, make, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=f"pip install {module}"):
         make()
+
+
+def test_benepar_is_shown_words_without_white_space_and_its_spans_are_put_back_into_the_text(monkeypatch):
+    """benepar counts white space as words that its own tokenizer drops, which shifts the later spans."""
+    spacy = pytest.importorskip("spacy")
+    seen, phrases = [], {"We": [(0, 5), (1, 5), (2, 4)], "It": [(0, 3)], "Too": None}
+
+    class Constituents:
+        def __init__(self, model):
+            spacy.tokens.Span.set_extension("constituents", getter=self.of, force=True)
+
+        def __call__(self, doc):
+            seen.append([word.text for word in doc])
+            assert len(list(doc.sents)) == 1
+            return doc
+
+        def of(self, span):
+            if phrases[span[0].text] is None:
+                raise ValueError("too long")
+            return [span.doc[start:end] for start, end in phrases[span[0].text]]
+
+    fake = SimpleNamespace(BeneparComponent=Constituents, NonConstituentException=KeyError)
+    monkeypatch.setitem(sys.modules, "benepar", fake)
+    text = "We  saw\n\n a cat. It ran. Too long."
+    trees = benepar_parser()([text, " \n"])
+    assert seen == [["We", "saw", "a", "cat", "."], ["It", "ran", "."], ["Too", "long", "."]]
+    first, second, third = trees[0]
+    assert first == drawn("(S We (VP saw (NP a cat) .))", text)
+    assert text[second[0] : second[1]] == "It ran." and len(second[2]) == 3
+    assert third is None and trees[1] == []
 
 
 def real_responses():
@@ -443,3 +525,18 @@ def test_the_viewer_cuts_by_the_perplexity_of_a_causal_lm(tmp_path):
     assert 1 < sum(starts) < len(ids)
     expected = "".join(f"[{piece}]" for piece in pieces(TWO, token_offsets(tokenizer, ids)[1], starts))
     assert shown.stdout.splitlines()[0] == expected
+
+
+def test_a_model_that_cannot_be_used_is_one_line_with_exit_code_2(tmp_path):
+    tokenizer = SMALL["byte_level"]
+    for name, positions in (("short", 4), ("damaged", 64), ("torn", 64)):
+        size = {"n_positions": positions, "n_embd": 8, "n_layer": 1, "n_head": 1}
+        GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **size)).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"no weights")
+    (tmp_path / "torn" / "tokenizer.json").write_text('{"a": 1}')
+    for name, complaint in (("short", "positions (4)"), ("damaged", "damaged"), ("torn", "torn")):
+        command = [sys.executable, str(ROOT / "segment.py"), "--model", str(tmp_path / name), "--text", TWO]
+        shown = subprocess.run([*command, "--termination", "perplexity"], capture_output=True, text=True)
+        assert (shown.returncode, shown.stdout, shown.stderr.count("\n")) == (2, "", 1), shown.stderr
+        assert complaint in shown.stderr

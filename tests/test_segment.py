@@ -90,6 +90,44 @@ def test_random_starts_depend_on_a_row_s_own_seed_and_nothing_else():
         random_starts(mask_of([3]), lengths=(0, 2), seeds=(1,))
 
 
+def every_cut(mask, logprobs, seeds):
+    """{name: starts} of all terminations that need no text."""
+    return {
+        "token": token_starts(mask),
+        "fixed": fixed_starts(mask, 3),
+        "random": random_starts(mask, seeds=seeds),
+        "perplexity": perplexity_starts(mask, logprobs),
+        "whole": whole_starts(mask),
+    }
+
+
+@pytest.mark.parametrize("kind", [torch.long, torch.bool, torch.float32, torch.int32], ids=str)
+@given(lengths=st.lists(st.integers(0, 12), min_size=1, max_size=5), extra=st.integers(0, 3), data=st.data())
+def test_a_row_s_cuts_are_its_own_whatever_its_padding_place_neighbours_or_mask_type(
+    kind, lengths, extra, data
+):
+    """Rows of no tokens included; the log-probabilities are a transposed view with NaN in the padding."""
+    mask = mask_of(lengths, width=max(lengths) + extra).to(kind)
+    random = torch.Generator().manual_seed(sum(lengths))
+    logprobs = -torch.rand(mask.T.shape, generator=random).T.masked_fill(mask == 0, float("nan"))
+    seeds, order = list(range(len(lengths))), data.draw(st.permutations(range(len(lengths))))
+    together = every_cut(mask, logprobs, seeds)
+    moved = every_cut(mask[order], logprobs[order], [seeds[b] for b in order])
+    for name, starts in together.items():
+        assert starts.dtype == torch.bool
+        assert torch.equal(starts[order], moved[name])
+        for b, length in enumerate(lengths):
+            alone = every_cut(torch.ones(1, length), logprobs[b : b + 1, :length], seeds[b : b + 1])[name]
+            assert starts[b, :length].tolist() == alone[0].tolist()
+            assert not starts[b, length:].any() and starts[b, :1].all() == (length > 0 or not starts.shape[1])
+
+
+def test_an_infinite_n_is_whole():
+    mask = mask_of([4, 1, 6])
+    for n in (float("inf"), 10**30):
+        assert torch.equal(fixed_starts(mask, n), whole_starts(mask))
+
+
 # Perplexity
 
 
@@ -123,7 +161,8 @@ def test_perplexity_starts_are_those_of_a_loop_over_one_row_at_a_time(rows):
 
 def test_equal_surprises_are_one_macro_action_despite_rounding():
     """0.1 + 0.1 + 0.1 > 3 * 0.1 in float32: summed in single precision, rounding would cut a constant row."""
-    assert perplexity_starts(mask_of([300]), torch.full((1, 300), -0.1)).sum() == 1
+    for kind in (torch.float32, torch.float64, torch.bfloat16):
+        assert perplexity_starts(mask_of([300]), torch.full((1, 300), -0.1, dtype=kind)).sum() == 1
 
 
 def test_perplexity_accepts_a_response_of_no_tokens():
@@ -176,6 +215,35 @@ def test_pool_is_the_weighted_sum_of_a_loop_over_macro_actions(how, macros):
         pieces = x[b, : sum(lengths)].split(lengths)
         expected = [slow_pool(piece.tolist(), how) for piece in pieces]
         assert pooled[b].tolist() == pytest.approx(expected + [0] * (pooled.shape[1] - len(expected)))
+
+
+@pytest.mark.parametrize("how", ["sum", "mean", "equal", "first", "last", "decay"])
+@pytest.mark.parametrize(("kind", "length"), [(torch.bfloat16, 3000), (torch.float16, 2500)], ids=str)
+def test_half_precision_only_rounds_the_result(how, kind, length):
+    """Token numbers beyond 256 are rounded in bfloat16, so that `last` found no last token of 3,000."""
+    x = torch.rand(1, length, generator=torch.Generator().manual_seed(0)).to(kind)
+    pooled = pool(x, torch.zeros(1, length, dtype=torch.long), mask_of([length]), how)
+    assert pooled.dtype == kind
+    assert pooled.item() == pytest.approx(slow_pool(x[0].tolist(), how), rel=2**-8)
+
+
+def test_a_row_of_no_tokens_pools_to_zeros():
+    mask, x = mask_of([0, 2]), torch.tensor([[5.0, 7], [1, 3]])
+    seg = segment_ids(token_starts(mask), mask)
+    for how in ("sum", "mean", "equal", "first", "last", "decay"):
+        assert pool(x, seg, mask, how).tolist() == [[0, 0], [1, 3]]
+
+
+def test_mean_is_the_reference_code_s_pooling_on_its_own_segments():
+    """Six tokens, n = 3: the reference code always cuts the last token off: macro actions of 3, 2, 1.
+
+    KL penalties -0.3 0 -0.6, -0.2 -0.4, 0.1; the RM score 2 is on the last. It sums r_i / |macro action|:
+    -0.9 / 3, -0.6 / 2, 2.1. So the KL penalty shrinks by |macro action| and the score does not (SPEC 3).
+    """
+    rewards, mask = torch.tensor([[-0.3, 0, -0.6, -0.2, -0.4, 0.1 + 2]]), mask_of([6])
+    seg = torch.tensor([[0, 0, 0, 1, 1, 2]])
+    assert pool(rewards, seg, mask, "mean")[0].tolist() == pytest.approx([-0.3, -0.3, 2.1])
+    assert pool(rewards, seg, mask, "sum")[0].tolist() == pytest.approx([-0.9, -0.6, 2.1])
 
 
 def test_pool_refuses_an_unknown_rule():
@@ -233,6 +301,25 @@ def test_ast_cuts_a_function_with_a_loop_a_call_over_two_lines_and_a_comment_int
         "return out\n# the end",
     ]
     assert fallback == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "statements"),
+    [
+        ("@a\n@b('/')\nclass A:\n  x: int = 3; y = 4\n", ["@a", "@b('/')", "class A:", "x: int = 3; y = 4"]),
+        ('def f():\n  """Doc.\n\n  more"""\n  pass', ["def f():", '"""Doc.\n\n  more"""', "pass"]),
+        ("a = 1 + \\\n  2\nassert a, \\\n 'x'\n", ["a = 1 + \\\n  2", "assert a, \\\n 'x'"]),
+        ('x = f"{a:>{w}}"\ny = f"""\n{a +\n b}"""\nz', ['x = f"{a:>{w}}"', 'y = f"""\n{a +\n b}"""', "z"]),
+        ("a = 1\n\f\ndef f():\n\f  return\n\fb", ["a = 1", "def f():", "return", "b"]),
+        ("if x:\n\ty = 1\nelse:\n\ty = 2", ["if x:", "y = 1", "else:", "y = 2"]),
+        ("if a:\r\n  g(1,\r\n    2)\r\n  # c\r\n  pass\r\n", ["if a:", "g(1,\r\n    2)", "# c\r\n  pass"]),
+        (' if a:\r  b\rc = """\r"""\rd', ["if a:", "b", 'c = """\r"""', "d"]),
+        ("π = '東 😀 \u2028'\nif π:\n  a\n# out\n  b", ["π = '東 😀 \u2028'", "if π:", "a", "# out\n  b"]),
+    ],
+)  # fmt: skip
+def test_ast_knows_a_logical_line_by_its_tokens_and_not_by_its_line_breaks(text, statements):
+    pieces, fallback = cut(text, ast_starts)
+    assert ([piece.strip() for piece in pieces], fallback) == (statements, 0)
 
 
 def test_ast_positions_are_the_same_after_leading_white_space_but_that_much_further():
@@ -305,6 +392,11 @@ def test_the_viewer_prints_brackets_into_a_pipe_and_counts():
         (["--text", "a", "--n", "five"], "'five'"),
         (["--text", "a", "--termination", "ngram"], "'ngram'"),
         (["--file", "no/such/file"], "no/such/file"),
+        (["--file", ""], "directory"),
+        (["--file", str(ROOT)], "directory"),
+        (["--file", sys.executable], "can't decode"),
+        (["--text", "half \udcff"], "can't encode"),
+        (["--text", "a", "--model", str(ROOT)], "no tokenizer there"),
         (["--text", "a", "--termination", "perplexity"], "--model"),
     ],
 )
