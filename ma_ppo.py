@@ -12,9 +12,8 @@ with R_k and V_k pooled from the tokens of macro action k. Read `train` for the 
 and `macro_gae`: their difference is the paper's idea.
 
     python ma_ppo.py                                      # SFT, RM, both arms, curves: minutes on a CPU
-    python ma_ppo.py --terminations token fixed control   # trains all three, with the control
-    python ma_ppo.py --terminations fixed --n 10 --sft runs/toy/sft --reward_model runs/toy/reward \\
-        --out runs/n10
+    python ma_ppo.py --terminations token fixed control   # with the control experiment
+    python ma_ppo.py --terminations fixed --n 10 --out runs/n10
     python ma_ppo.py --task hh --data pairs.jsonl.gz      # real preference pairs
     torchrun --nproc_per_node=2 ma_ppo.py                 # the same run on two processes
 """
@@ -22,12 +21,12 @@ and `macro_gae`: their difference is the paper's idea.
 import copy
 import json
 import math
+import os
 import shlex
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -45,27 +44,28 @@ from sft import opt, print0
 class Config(sft.Config):
     """Settings of the PPO chapter. Values without a source were found on the toy."""
 
-    model: str = opt("", "what sft.py starts from, if OUT/sft has to be made; otherwise unused")
+    model: str = opt("", "what sft.py starts from, if OUT/sft has to be made")
     sft: str = opt("", "SFT model: policy and reference start from it; empty: OUT/sft, made if missing")
     reward_model: str = opt("", "RM: gives the score, and the critic starts from it; empty: OUT/reward")
     terminations: list[str] = opt(["token", "fixed"], "arms to train, one after the other (all: see README)")
-    n: int = opt(5, "tokens in a macro action of the arm `fixed` (paper: 5; code: 10)")
+    n: int = opt(5, "tokens in a macro action of `fixed` (paper: 5; code: 10); `control` takes lam^(1/n)")
     steps: int = opt(60, "PPO steps: one rollout of the whole batch, then ppo_epochs updates")
     batch_size: int = opt(64, "responses per step, over all ranks (paper: 256)")
     micro_batch_size: int = opt(64, "responses per forward pass and rank; changes memory, not the result")
     lr: float = opt(5e-4, "learning rate of the policy, constant after the warm-up")
     critic_lr: float = opt(1e-3, "learning rate of the critic")
     warmup: int = opt(10, "steps of linear warm-up of the policy's rate; the critic learns at once")
-    gamma: float = opt(1.0, "discount per macro action, or token where those are the actions (paper: 1)")
-    lam: float = opt(0.95, "GAE's lambda, likewise (paper: 0.95)")
+    gamma: float = opt(1.0, "discount per action: macro action, or token in `token` and `control` (paper: 1)")
+    lam: float = opt(0.95, "GAE's lambda, per action like --gamma (paper: 0.95)")
     beta: float = opt(0.05, "weight of the KL penalty, reward per nat (paper: 0.05)")
+    parser: str = opt("spacy", "of the arm `parsing`: spacy (dependencies), or benepar (constituents; paper)")
     sigma: str = opt("equal", "value of a macro action: equal, last, decay or first (paper: equal)")
     macro_reward: str = opt("sum", "reward of a macro action: sum (paper) or mean (reference code)")
     ratio: str = opt("token", "probability ratio per token (reference code) or per macro action (paper)")
     clip: float = opt(0.2, "PPO's clipping range, of the ratio and of the value (paper: 0.2)")
     ppo_epochs: int = opt(1, "updates per rollout (paper: 1; then the ratio is always 1: nothing is clipped)")
-    temperature: float = opt(1.0, "of sampling, and of every log-probability")
-    top_k: int = opt(0, "sample from the k likeliest tokens only; 0: from all")
+    temperature: float = opt(1.0, "of sampling, and of every log-probability (paper: 0.8)")
+    top_k: int = opt(0, "sample from the k likeliest tokens only (paper: 50); 0: from all")
     top_p: float = opt(1.0, "sample from the likeliest tokens that make up this probability; 1: from all")
     no_eos_score: float = opt(-4.0, "score of a response that does not end by itself, instead of the RM's")
 
@@ -118,7 +118,8 @@ def shaped(logits, cfg, keep=None):
 def draw(logprobs, uniforms):
     """Sample by inverting the cumulative distribution.  logprobs [B, V], uniforms [B] -> LongTensor [B]"""
     cdf = logprobs.double().exp().cumsum(-1)  # [B, V]; double: 100,000 small probabilities must add up
-    return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(1)  # [B]
+    drawn = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(1)  # [B]
+    return drawn.clamp(max=logprobs.shape[1] - 1)  # NaN has no place: the loss will stop the run
 
 
 @torch.no_grad()
@@ -204,16 +205,6 @@ def ended(batch, tokenizer):
     return ((batch.responses == tokenizer.eos_token_id) & batch.mask.bool()).any(1)
 
 
-def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
-    """4. The KL penalty at every token, plus the score at the last real one: the EOS (SPEC 1.3, 6.8).
-
-    scores: [B]; logprobs, ref_logprobs, mask: [B, T]; beta in reward per nat. Returns [B, T].
-    """
-    rewards = -beta * (logprobs - ref_logprobs) * mask  # [B, T], k1: unbiased for the KL of what was sampled
-    last = (mask.sum(1, keepdim=True).long() - 1).clamp(min=0)  # [B, 1]
-    return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))  # [B, T]
-
-
 def macro_starts(arm, rollout, tokenizer, cfg):
     """3. Mark where macro actions begin (chapter 3).  -> (BoolTensor [B, T], share that fell back)"""
     mask = rollout.batch.mask
@@ -229,18 +220,23 @@ def macro_starts(arm, rollout, tokenizer, cfg):
     if arm in TEXT_STARTS:
         read = [segment.token_offsets(tokenizer, tokens) for tokens in rollout.tokens]
         texts, offsets = zip(*read, strict=True)
-        return TEXT_STARTS[arm](mask, texts, offsets)
+        parser = [segment.PARSERS[cfg.parser]()] if arm == "parsing" else []
+        return TEXT_STARTS[arm](mask, texts, offsets, *parser)
     return segment.token_starts(mask), 0.0  # token, and control
 
 
-@cache
-def english_parser():
-    """spaCy's parser, loaded once."""
-    return segment.spacy_parser()
+def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
+    """4. The KL penalty at every token, plus the score at the last real one: the EOS (SPEC 1.3, 6.8).
+
+    scores: [B]; logprobs, ref_logprobs, mask: [B, T]; beta in reward per nat. Returns [B, T].
+    """
+    rewards = -beta * (logprobs - ref_logprobs) * mask  # [B, T], k1: unbiased for the KL of what was sampled
+    last = (mask.sum(1, keepdim=True).long() - 1).clamp(min=0)  # [B, 1]
+    return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))  # [B, T]
 
 
 TEXT_STARTS = {
-    "parsing": lambda mask, texts, offsets: segment.parse_starts(mask, texts, offsets, english_parser()),
+    "parsing": segment.parse_starts,
     "sentence": segment.sentence_starts,
     "word": segment.word_starts,
     "ast": segment.ast_starts,
@@ -452,14 +448,8 @@ def summary(rollout, tokenizer):
     mask = rollout.batch.mask
     kl = (rollout.logprobs - rollout.ref_logprobs).sum(1)  # [B] nats a response
     macros = rollout.seg.max(1).values + 1  # [B]
-    columns = [
-        rollout.scores,
-        kl,
-        mask.sum(1),
-        ended(rollout.batch, tokenizer),
-        macros,
-        rollout.entropy.sum(1),
-    ]
+    stopped, entropy = ended(rollout.batch, tokenizer), rollout.entropy.sum(1)  # [B]
+    columns = [rollout.scores, kl, mask.sum(1), stopped, macros, entropy]
     if rollout.gold:
         columns.append(torch.tensor(rollout.gold, device=mask.device))
     table = torch.stack([c.double().cpu() for c in columns], 1)  # [B, columns]
@@ -510,6 +500,7 @@ RULES = (  # (settings, test, what to say)
     ("no_eos_score", math.isfinite, "a finite number"),
     ("sigma", ("equal", "last", "decay", "first").__contains__, "equal, last, decay or first"),
     ("macro_reward", ("sum", "mean").__contains__, "sum or mean"),
+    ("parser", segment.PARSERS.__contains__, "spacy or benepar"),
     ("ratio", ("token", "macro").__contains__, "token or macro"),
     ("terminations", lambda arms: set(arms) <= set(TERMINATIONS), f"among {', '.join(TERMINATIONS)}"),
     ("terminations", lambda arms: 0 < len(set(arms)) == len(arms), "different from each other"),
@@ -521,13 +512,15 @@ RULES = (  # (settings, test, what to say)
 def parse(argv):
     """Read and check the settings."""
     cfg = sft.parse(Config, "ma_ppo", argv)
+    if "control" in cfg.terminations and cfg.gamma != 1:
+        sft.fail(f"the control matches the horizon of `fixed` at --gamma 1 only, got {cfg.gamma}")
     for names, holds, rule in RULES:
         for name in names.split():
             if not holds(getattr(cfg, name)):
                 sft.fail(f"--{name} must be {rule}, got {getattr(cfg, name)!r}")
     if "parsing" in cfg.terminations:
         try:
-            english_parser()
+            segment.PARSERS[cfg.parser]()
         except ImportError as error:
             sft.fail(error)
     return cfg
@@ -555,10 +548,15 @@ def run_stage(chapter, out, flags, cfg):
         print0(f"{out} is missing; making it: python {chapter.__name__}.py {shlex.join(flags)}")
         return chapter.main(flags)
     made = json.loads(finished.read_text())["config"]
-    for name in ("task", "data", "model"):
-        if made[name] != getattr(cfg, name):
-            sft.fail(f"{out} was made with --{name} {made[name]!r}: choose another --out, or remove it")
-    print0(f"using {out} (made with seed {made['seed']})")
+    same = made["task"] == cfg.task and (chapter is reward or cfg.model in ("", made["model"]))
+    if not same or [*map(os.path.realpath, made["data"])] != [*map(os.path.realpath, cfg.data)]:
+        flags = " ".join(f"--{name} {made[name]!r}" for name in ("task", "data", "model"))
+        sft.fail(f"{out} was made with {flags}: choose another --out, or remove it")
+    base = Path(cfg.sft) / "run.json"
+    if chapter is reward and base.exists() and base.stat().st_mtime > finished.stat().st_mtime:
+        print0(f"warning: {out} is older than {cfg.sft}; to make it anew from that, remove it")
+    size = f"{made['steps']} steps of {made['batch_size']}"  # a short trial should not pass unnoticed
+    print0(f"using {out}: seed {made['seed']}, {size}, lr {made['lr']}")
 
 
 def load_models(cfg, device):
@@ -566,7 +564,9 @@ def load_models(cfg, device):
 
     Returns ({name: model}, {name: optimizer} of the two that learn, tokenizer).
     """
-    policy, tokenizer = sft.load_causal_lm(cfg.sft, device)
+    policy, tokenizer = sft.load_causal_lm(cfg.sft, cfg.max_prompt + cfg.max_response, device)
+    if reward.load_tokenizer(cfg.reward_model).get_vocab() != tokenizer.get_vocab():
+        sft.fail(f"--reward_model {cfg.reward_model} reads another vocabulary than --sft {cfg.sft}")
     critic = reward.ScalarModel.load(cfg.reward_model, device)
     models = {"policy": policy, "critic": critic}
     models |= {"reference": copy.deepcopy(policy), "reward": copy.deepcopy(critic)}

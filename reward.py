@@ -143,7 +143,15 @@ def start_model(cfg, device):
         )
     model = ScalarModel.load(cfg.sft, device)
     sft.broadcast_parameters(model)
-    return model, AutoTokenizer.from_pretrained(cfg.sft)
+    return model, load_tokenizer(cfg.sft)
+
+
+def load_tokenizer(folder):
+    """The tokenizer that sft.py saved with the model, which has a PAD token that is not EOS."""
+    tokenizer = sft.load_or_fail(AutoTokenizer.from_pretrained, folder)
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        sft.fail(f"{folder}: the tokenizer has no PAD token of its own; make the folder with sft.py")
+    return tokenizer
 
 
 def micro_losses(model, pairs, tokenizer, cfg, device):

@@ -17,7 +17,7 @@ Rows of a batch have different numbers of macro actions; K is the largest, and s
 Source: Chai et al., ICLR 2025, sections 3.2 and 3.3; SPEC 2 and 3. This chapter imports no other.
 
     python segment.py --text "Well done. Now do it again!" --termination fixed --n 3
-    python segment.py --file solution.py --termination ast
+    python segment.py --file eval.py --termination ast
 """
 
 import argparse
@@ -29,7 +29,7 @@ import sys
 import tokenize
 import warnings
 from bisect import bisect_left, bisect_right
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -300,9 +300,8 @@ def tree_starts(tree, offsets, cutoff=5):
         start, end, children = unvisited.pop()
         while len(children) == 1:  # (NP (PRP I)) is a single word too
             children = children[0][2]
-        if not children:
-            continue
-        if bisect_left(begins, end) - bisect_right(ends, start) < cutoff:  # tokens that touch the node
+        touching = bisect_left(begins, end) - bisect_right(ends, start)  # tokens that touch the node
+        if children and touching < cutoff:
             positions.append(start)
         else:
             unvisited.extend(children)
@@ -429,6 +428,7 @@ def benepar_parser(model="benepar_en3"):
     return lambda texts: [[parse(s) for s in d.sents if s.text.strip()] for d in nlp.pipe(texts)]
 
 
+PARSERS = {"spacy": cache(spacy_parser), "benepar": cache(benepar_parser)}  # loaded once
 TERMINATIONS = ("token", "fixed", "random", "perplexity", "parsing", "sentence", "word", "ast", "whole")
 
 
@@ -482,11 +482,10 @@ def response_logprobs(model, ids):
 def segment_response(termination, text, offsets, ids, args):
     """Macro actions of one response by name.  Returns (starts BoolTensor [1, T], fallback share)."""
     mask, read = torch.ones(1, len(offsets)), ([text], [offsets])  # [1, T]
-    by_text = {"sentence": sentence_starts, "word": word_starts, "ast": ast_starts}
-    if termination in by_text:
-        return by_text[termination](mask, *read)
+    if cut := {"sentence": sentence_starts, "word": word_starts, "ast": ast_starts}.get(termination):
+        return cut(mask, *read)
     if termination == "parsing":
-        return parse_starts(mask, *read, spacy_parser(), args.cutoff)
+        return parse_starts(mask, *read, PARSERS[args.parser](), args.cutoff)
     if termination == "perplexity":
         if ids is None:
             raise ValueError("perplexity needs --model DIR: a causal LM, a tokenizer with BOS or EOS")
@@ -554,7 +553,7 @@ def draw(rows, text, offsets, path, width=88):
 
 def fail(message):
     """Say on one line of stderr what was wrong and stop with exit code 2."""
-    print(f"segment.py: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -570,6 +569,7 @@ def read_arguments():
     add("--termination", default="fixed", choices=TERMINATIONS, help="how to cut (default: fixed)")
     add("--n", type=int, default=5, help="fixed: tokens in a macro action (default: 5, the paper's)")
     add("--cutoff", type=int, default=5, help="parsing: a node of fewer tokens is not opened (default: 5)")
+    add("--parser", default="spacy", choices=PARSERS, help="parsing: which parser (default: spacy)")
     add("--seed", type=int, default=0, help="random: seed of the lengths (default: 0)")
     add("--png", help="draw every termination into this picture, one row each")
     return parser.parse_args()

@@ -11,7 +11,6 @@ over response tokens only: the prompt and the padding are read, never learned (S
     torchrun --nproc_per_node=2 sft.py              # the same run on two processes
 
 Later chapters import from here: the batch, data parallelism by hand, the update step, the run folder.
-The tasks' data, and the toy that the story is told with, stand in the appendix.
 """
 
 import gzip
@@ -28,8 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers.models import BPE, WordLevel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
@@ -218,7 +216,9 @@ def update(model, optimizer, micro_losses, lr, max_norm=1.0):
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    return float(all_sum(total))
+    if not math.isfinite(total := float(all_sum(total))):  # the same on all ranks, so all of them stop
+        fail("the loss is no longer finite: lower --lr (or --critic_lr)")
+    return total
 
 
 def cosine_lr(step, steps, peak, warmup=0.1):
@@ -348,11 +348,11 @@ def check(cfg):
     if cfg.batch_size % (ranks := int(os.environ.get("WORLD_SIZE", 1))):
         fail(f"--batch_size {cfg.batch_size} is not divisible by the number of ranks, {ranks}")
     if (cfg.task == "toy") == bool(cfg.data):
-        fail("--task hh needs --data FILE; --task toy makes its own data and takes none")
+        fail("--data FILE needs --task hh" if cfg.data else f"--task {cfg.task} needs --data FILE")
     if not 0 <= cfg.seed < 2**63:
         fail(f"--seed must be 0 or more and below 2**63, got {cfg.seed}")
     try:
-        torch.empty(0, device=cfg.device or "cpu")
+        torch.zeros(1, device=cfg.device or "cpu").item()
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
         fail(f"--device {cfg.device} cannot be used: {str(error).splitlines()[0]}")
 
@@ -376,8 +376,8 @@ def load_or_fail(from_pretrained, path, **options):
         fail(f"cannot load a model from {path}: {str(error).strip().splitlines()[0]}")
 
 
-def load_causal_lm(path, device="cpu"):
-    """The causal LM and tokenizer saved at `path`, in float32, with a PAD token that is not EOS.
+def load_causal_lm(path, length=0, device="cpu"):
+    """The causal LM and tokenizer at `path`, in float32, with a PAD that is not EOS, for `length` tokens.
 
     All models of the pipeline stay in eval mode: with dropout the first PPO ratio would not be 1 (SPEC 8).
     """
@@ -386,6 +386,8 @@ def load_causal_lm(path, device="cpu"):
     model, report = load_or_fail(AutoModelForCausalLM.from_pretrained, path, **options)
     if report["missing_keys"]:
         fail(f"{path} holds no causal LM: it has no {sorted(report['missing_keys'])[0]}")
+    if length > (window := getattr(model.config, "max_position_embeddings", math.inf)):
+        fail(f"--max_prompt and --max_response add up to {length}; {path} has {window} positions")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no EOS token: a response could never end")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -399,12 +401,13 @@ def load_causal_lm(path, device="cpu"):
 def start_model(cfg, rows):
     """What SFT starts from: --model, or a small Llama from scratch with a vocabulary made for the task."""
     if cfg.model:
-        return load_causal_lm(cfg.model)
+        return load_causal_lm(cfg.model, cfg.max_prompt + cfg.max_response)
     torch.manual_seed(cfg.seed)
     tokenizer = small_tokenizer(cfg.task, [row["prompt"] + row["response"] for row in split(rows, "sft")])
     hidden, layers, heads = (64, 2, 2) if cfg.task == "toy" else (128, 4, 4)
     size = {"hidden_size": hidden, "intermediate_size": 2 * hidden}
-    size |= {"num_hidden_layers": layers, "num_attention_heads": heads, "max_position_embeddings": 1024}
+    size |= {"num_hidden_layers": layers, "num_attention_heads": heads}
+    size["max_position_embeddings"] = max(1024, cfg.max_prompt + cfg.max_response)
     # With the usual 0.02 the toy's model does not learn to copy from the post in so few steps.
     size["initializer_range"] = 0.1 if cfg.task == "toy" else 0.02
     config = LlamaConfig(vocab_size=len(tokenizer), bos_token_id=None, **size)
@@ -414,20 +417,19 @@ def start_model(cfg, rows):
 
 def small_tokenizer(task, texts):
     """A tokenizer learned from `texts`: whole words for the toy, 2,048 byte-level pieces for other text."""
-    special = ["<pad>", "<eos>", "<unk>"]
+    options = {"special_tokens": ["<pad>", "<eos>", "<unk>"], "show_progress": False}
     if task == "toy":
-        tokenizer = Tokenizer(WordLevel(unk_token="<unk>"))
+        tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
         # " in oslo." -> "▁in", "▁oslo", "."
         words = [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
         tokenizer.decoder = decoders.Metaspace()
-        trainer = trainers.WordLevelTrainer(special_tokens=special, show_progress=False)
+        trainer = trainers.WordLevelTrainer(**options)
     else:
-        tokenizer, alphabet = Tokenizer(BPE()), pre_tokenizers.ByteLevel.alphabet()
+        tokenizer, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        options = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
-        trainer = trainers.BpeTrainer(vocab_size=2048, **options)
+        trainer = trainers.BpeTrainer(vocab_size=2048, initial_alphabet=alphabet, **options)
     tokenizer.train_from_iterator(texts, trainer)
     return FastTokenizer(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
@@ -486,9 +488,9 @@ def read_jsonl(path):
 
 
 def hh_row(row, place):
-    """A preference pair: {chosen, rejected} whole dialogues, or {prompt, chosen, rejected} (SPEC 9).
+    """A preference pair: {prompt, chosen, rejected}, or {chosen, rejected} whole dialogues (SPEC 9).
 
-    The prompt ends in the last "Assistant:". Returns None if the prompts differ or an answer is empty.
+    A dialogue is cut at its last "Assistant:". Returns None if the prompts differ or an answer is empty.
     """
     for name in ("chosen", "rejected", *(["prompt"] if "prompt" in row else [])):
         if not isinstance(row.get(name), str) or not row[name].strip():
