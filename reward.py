@@ -15,9 +15,24 @@ average: "better than the human answer" becomes "above zero", and runs can be co
     torchrun --nproc_per_node=2 reward.py
 """
 
+import atexit
+import contextlib
+import ctypes
+import functools
+import inspect
+import json
 import math
+import os
 import random
+import resource
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -225,6 +240,383 @@ def report(result):
 
 
 # Appendix
+# Unit tests as a reward (SPEC 7): running programs that a model wrote, and that may be hostile.
+# Servers, bare Pythons without our environment, fork a keeper per test, which forks the sandboxed process. That
+# one gets the program and one input, never the expected output: its answer comes back as text and is compared
+# here. So nothing that it does to itself, its harness or its pipes earns more than the right answer would.
+
+# Bytes of memory and of a file, per process; of the folder; of an answer. Open files. Processes at a time.
+LIMITS = {
+    "memory": 1 << 29,
+    "file": 1 << 24,
+    "folder": 1 << 26,
+    "answer": 1 << 23,
+    "files": 32,
+    "processes": 8,
+}
+COMPILE_ERROR, TIME_OUT = 200, 1000  # an exit status; none that a process can have
+# What programs for call-based problems take for granted: their judges import it.
+PRELUDE = """import bisect, collections, copy, functools, heapq, itertools, math, operator, random, re, string, sys
+import datetime, decimal, fractions, queue, statistics, threading, typing
+from collections import Counter, OrderedDict, defaultdict, deque
+from functools import cache, cmp_to_key, lru_cache, reduce
+from heapq import heapify, heappop, heappush, heappushpop, heapreplace, merge, nlargest, nsmallest
+from itertools import accumulate, chain, combinations, count, cycle, groupby, permutations, product, zip_longest
+from math import ceil, floor, gcd, inf, sqrt
+from typing import *"""
+
+
+def program_rewards(programs: list[str], problems: list[dict], timeout: float = 4.0) -> list[float]:
+    """SPEC 7's reward of each program on its problem's unit tests; arguments as in `run_programs`.
+
+    >>> problem = {"input_output": {"fn_name": "twice", "inputs": [[1], [2]], "outputs": [2, 4]}}
+    >>> program_rewards(["def twice(x): return 2 * x", "def twice(x): return 1 / 0", "def"], [problem] * 3)
+    [1.0, -0.6, -1.0]
+    """
+    results = run_programs(programs, problems, timeout)
+    ended_early = {"compile error": -1.0, "runtime error": -0.6, "time-out": -0.6}
+    return [ended_early.get(status, -0.3 + 1.3 * passed / total) for status, passed, total in results]
+
+
+def run_programs(programs, problems, timeout=4.0) -> list[tuple[str, int, int]]:
+    """Per program (status, tests passed, tests); it is right if its status is "ran" and passed equals tests.
+
+    programs: source texts.  problems: that of each program, {input_output: …} in APPS' schema (SPEC 9).  timeout:
+    seconds of wall clock per test.  The status is ran, compile error, runtime error or time-out; a program ends at
+    the first test that meets one of the last three.  Raises ValueError if a problem has no tests.
+    """
+
+    def judge(program, function, tests):
+        passed = 0
+        for given, expected in tests:
+            job = {"program": program, "function": function, "input": given, "timeout": timeout}
+            code, answer = _SERVER.run(job)
+            if code != 0 or (function and not answer):  # such as os._exit(0) before the function returned
+                failures = {COMPILE_ERROR: "compile error", TIME_OUT: "time-out"}
+                return failures.get(code, "runtime error"), passed, len(tests)
+            passed += _is_right(answer, expected, function)
+        return "ran", passed, len(tests)
+
+    jobs = [(program, *_unit_tests(problem)) for program, problem in zip(programs, problems, strict=True)]
+    return list(_threads(os.getpid()).map(lambda job: judge(*job), jobs))
+
+
+def _unit_tests(problem):
+    """A problem's function name, None for standard input and output; its list of (input, expected output)."""
+    given = problem["input_output"]
+    given = json.loads(given if isinstance(given, str) else json.dumps(given))
+    inputs, outputs, function = given["inputs"], given["outputs"], given.get("fn_name")
+    if not inputs or len(inputs) != len(outputs):
+        raise ValueError(f"a problem with {len(inputs)} inputs and {len(outputs)} outputs has no unit tests")
+    if not function:
+        inputs, outputs = (
+            [x if isinstance(x, str) else "\n".join(x) for x in xs] for xs in (inputs, outputs)
+        )
+    return function, list(zip(inputs, outputs, strict=True))
+
+
+def _is_right(answer, expected, function):
+    """Whether a program's answer, a text, is the expected one, which APPS may have wrapped in a list."""
+    if not function:
+        given, wanted = ([line.rstrip() for line in x.rstrip().split("\n")] for x in (answer, expected))
+        return given == wanted
+    try:
+        value = json.loads(answer)
+        return value == expected or [value] == expected
+    except (ValueError, RecursionError):  # not plain data; a number of over 4,300 digits; too deep
+        return False
+
+
+@functools.cache
+def _threads(process):
+    """The threads of this process, whose id is `process`; one per core, shared among a machine's ranks."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ThreadPoolExecutor(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+class _Server(threading.local):
+    """Each thread's server process; a new one where the last has died."""
+
+    process = None
+
+    def run(self, job):
+        """Run one job -> [exit status or TIME_OUT, answer]; status 1 if the server itself died or hung."""
+        if self.process is None:
+            self.start()
+        watchdog = threading.Timer(job["timeout"] + 10, os.killpg, (self.process.pid, 9))
+        watchdog.start()
+        try:
+            print(json.dumps(job), file=self.process.stdin, flush=True)
+            return json.loads(self.process.stdout.readline())
+        except (OSError, ValueError):
+            os.killpg(self.process.pid, 9)
+            self.process = self.process.communicate() and None
+            return 1, ""
+        finally:
+            watchdog.cancel()
+
+    def start(self):
+        """Start a process that sees only Python's standard library, and warn of what its sandbox lacks."""
+        names = "atexit contextlib ctypes functools json os random resource select shutil sys tempfile threading time".split()
+        source = [f"import {', '.join(names)}", "from pathlib import Path"]
+        source += [
+            f"{name} = {globals()[name]!r}" for name in ("LIMITS", "COMPILE_ERROR", "TIME_OUT", "PRELUDE")
+        ]
+        parts = (
+            _serve,
+            _system,
+            _enter_namespaces,
+            _keep,
+            _watch,
+            _kill,
+            _confine,
+            _landlock,
+            _run,
+            _run_script,
+        )
+        source += [*map(inspect.getsource, parts), "_serve()"]
+        command = [sys.executable, "-P", "-s", "-S", "-c", "\n".join(source)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        hashes = {"PYTHONHASHSEED": "0"}  # sets come in the same order every time
+        process = subprocess.Popen(command, env=hashes, cwd="/", start_new_session=True, **pipes)
+        atexit.register(lambda: process.stdin.close() or process.wait())
+        if not (greeting := process.stdout.readline()):
+            raise RuntimeError(
+                f"{sys.executable} could not start a server for programs: its error stands above"
+            )
+        _warn(greeting.strip())
+        self.process = process
+
+
+@functools.cache
+def _warn(missing):
+    """Say once per process what the system does not give the sandbox."""
+    if missing:
+        print(f"programs run without {missing}, which this system lacks: see the README", file=sys.stderr)
+
+
+# From here to the end of the section: the servers' source, which runs in processes of their own.
+
+
+def _serve():
+    """A server's life: enter the sandbox, say what it lacks, then fork a keeper per job; jobs it never sees."""
+    exec(PRELUDE, {})  # imported once, here
+    linux, uid, user, group = sys.platform == "linux", 0x70000000 + os.getpid(), os.getuid(), os.getgid()
+    try:
+        os.seteuid(uid), os.seteuid(0)
+        user = group = uid  # as root, run programs as somebody whom no file and no other process belongs to
+    except OSError:
+        uid = None
+    libraries = {
+        os.path.dirname(os.__file__),
+        sys.base_prefix + "/lib",
+        "/usr/lib",
+        "/usr/lib64",
+        "/lib",
+        "/lib64",
+    }
+    box = {"uid": uid, "user": user, "group": group, "null": os.open(os.devnull, os.O_RDWR)}
+    box |= {"linux": linux, "libraries": sorted(filter(os.path.isdir, libraries))}
+    box["namespaces"] = linux and _enter_namespaces(box)
+    with contextlib.suppress(OSError):
+        box["landlock"] = (
+            _system("syscall", 444, None, ctypes.c_size_t(0), 1) if linux else None
+        )  # its version
+    print(" and ".join(name for name in ("namespaces", "landlock") if not box.get(name)), flush=True)
+    while True:
+        if (keeper := os.fork()) == 0:
+            _keep(box)
+        if os.waitpid(keeper, 0)[1] != 0:  # no more jobs
+            return
+
+
+def _system(name, *arguments):
+    """Call a function of the C library; OSError if it fails."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), name)
+    if (result := function(*(x.encode() if isinstance(x, str) else x for x in arguments))) < 0:
+        raise OSError(ctypes.get_errno(), f"{name} failed")
+    return result
+
+
+def _enter_namespaces(box):
+    """Leave the network and the file system, but for libraries; False where the system refuses."""
+    user, group, read_only = box["user"], box["group"], 0x1 | 0x2 | 0x4 | 0x20 | 0x1000  # no suid, no devices
+    try:
+        if box["uid"] is None:  # only in a user namespace of our own may we make the others
+            _system("unshare", 0x10000000)
+            maps = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
+            for name, text in maps.items():
+                Path("/proc/self", name).write_text(text)
+        _system("unshare", 0x20000 | 0x40000000)  # mounts, network
+        _system("mount", "none", "/", "", 0x4000 | 0x40000, "")  # from now on, mounts are ours alone
+        _system(
+            "mount", "tmpfs", "/proc", "tmpfs", 0, "mode=755"
+        )  # the new root, on a folder that always exists
+        for path in box["libraries"]:
+            os.makedirs("/proc" + path, exist_ok=True)
+            _system("mount", path, "/proc" + path, "", 0x1000 | 0x4000, "")
+            _system("mount", "none", "/proc" + path, "", read_only, "")
+        os.mkdir("/proc/work")
+        _system("mount", "none", "/proc", "", read_only, "")
+        os.chroot("/proc"), os.chdir("/")
+        return True
+    except OSError:
+        return False
+
+
+def _keep(box):
+    """A keeper's life: read one job, run it in the sandbox, kill what is left, reply."""
+    job = json.loads(sys.stdin.readline() or os._exit(1))
+    if box["namespaces"]:  # of its own: a program is killed with all that it started, and its folder goes too
+        folder, options = "/work", "mode=700,uid={user},gid={group},nr_inodes=1000,size=".format(**box)
+        _system("unshare", 0x20000 | 0x08000000 | 0x20000000)  # mounts, IPC, processes
+        _system("mount", "tmpfs", folder, "tmpfs", 0x2 | 0x4 | 0x8, options + str(LIMITS["folder"]))
+    else:
+        folder = tempfile.mkdtemp()
+        os.chown(folder, box["user"], box["group"])
+    if box["linux"]:
+        (
+            _system("prctl", 36, 1),
+            _system("prctl", 4, 0),
+        )  # adopt orphans, to kill them; let nobody look into us
+    given = os.open(folder + "/input", os.O_RDWR | os.O_CREAT)
+    os.unlink(folder + "/input")
+    if job["function"] is None:
+        os.write(given, job["input"].encode(errors="replace")), os.lseek(given, 0, os.SEEK_SET)
+    pipe, answer = os.pipe()
+    deadline = time.monotonic() + job["timeout"]
+    if (program := os.fork()) == 0:
+        _confine(box, job, folder, given, answer)
+        _run(job)
+    os.close(answer)
+    code, said = _watch(program, pipe, deadline)
+    _kill(program)
+    if not box["namespaces"]:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(json.dumps([code, said.decode(errors="replace")]), flush=True)
+    os._exit(0)
+
+
+def _watch(program, pipe, deadline):
+    """Read what a program says until it ends, says too much or is late -> (exit status or TIME_OUT, bytes)."""
+    said = chunk = b"?"
+    while chunk and len(said) <= LIMITS["answer"] and (left := deadline - time.monotonic()) > 0:
+        chunk = os.read(pipe, 1 << 16) if select.select([pipe], [], [], left)[0] else b""
+        said += chunk
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(program, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status), said[1:]
+        if len(said) > LIMITS["answer"]:
+            return 1, b""
+        time.sleep(0.0002)
+    return TIME_OUT, b""
+
+
+def _kill(program):
+    """Kill a program, its process group and, without namespaces, the orphans that we adopted."""
+    adopted = Path(f"/proc/self/task/{os.getpid()}/children")
+    with contextlib.suppress(OSError):
+        os.killpg(program, 9)
+    while True:
+        for child in (program, *(adopted.read_text().split() if adopted.exists() else [])):
+            with contextlib.suppress(OSError):
+                os.kill(int(child), 9)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def _confine(box, job, folder, given, answer):
+    """Before a program runs: its own session, only its own open files, limits, and no rights."""
+    os.setsid()
+    script = job["function"] is None
+    (
+        os.dup2(given, 0),
+        os.dup2(box["null"], 2),
+        os.dup2(answer if script else box["null"], 1),
+        os.dup2(answer, 3),
+    )
+    os.closerange(3 if script else 4, 256)
+    os.chdir(folder), os.umask(0o077)
+    limits = {"CPU": int(job["timeout"]) + 2, "AS": LIMITS["memory"], "FSIZE": LIMITS["file"], "CORE": 0}
+    for name, limit in {**limits, "NOFILE": LIMITS["files"], "NPROC": LIMITS["processes"]}.items():
+        with contextlib.suppress(ValueError, OSError):  # macOS does not know all of them
+            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
+    if box["linux"]:
+        _system("prctl", 38, 1, 0, 0, 0)  # no new privileges
+    if box.get("landlock"):
+        _landlock(box["landlock"], box["libraries"], folder)
+    if box["uid"]:
+        os.setgroups([]), os.setresgid(*[box["uid"]] * 3), os.setresuid(*[box["uid"]] * 3)
+    if box["linux"]:
+        _system("capset", (ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)())  # no capabilities
+        _system("prctl", 1, 9)  # die with the keeper
+
+
+def _landlock(version, libraries, folder):
+    """Let it read `libraries` and write to `folder`; deny other files, TCP, signals: what the kernel can."""
+    every = (
+        1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)
+    ) - 1  # newer versions know more kinds of access
+    handled = (ctypes.c_uint64 * 3)(every, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
+    rules = _system("syscall", 444, handled, ctypes.c_size_t(24), 0)
+    for path in (*libraries, folder):
+        place = os.open(path, os.O_PATH)
+        allowed = every - 1 if path == folder else 4 | 8  # all but execute; read files, list folders
+        _system("syscall", 445, rules, 1, (ctypes.c_uint64 * 2)(allowed, place), 0)
+        os.close(place)
+    _system("syscall", 446, rules, 0)
+    os.close(rules)
+
+
+def _run(job):
+    """Run a program on one input: as a script, or to call its function and write down what that returns."""
+    script, dumps = job["function"] is None, json.dumps
+    random.seed(0)  # the reward is to be reproducible
+    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+    names = {"__name__": "__main__" if script else "program", "exit": sys.exit, "quit": sys.exit}
+    try:
+        code = compile(job["program"], "program", "exec", dont_inherit=True)
+    except BaseException:
+        os._exit(COMPILE_ERROR)
+    if script:
+        _run_script(code, names)
+    exec(PRELUDE, names)
+    exec(code, names)
+    function = names.get(job["function"]) or getattr(names["Solution"](), job["function"])
+    value = function(*job["input"])
+    try:
+        text = dumps(value)
+    except Exception:  # a set, a generator, an object; too deep, or circular: no right answer
+        text = "not plain data"
+    with open(3, "w") as file:
+        file.write(text)
+    os._exit(0)
+
+
+def _run_script(code, names):
+    """Run a script to its end, as Python would: wait for threads, call atexit's functions, write out buffers."""
+    try:
+        exec(code, names)
+    except SystemExit as end:
+        if end.code:
+            raise
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    names.clear()
+    for file in (sys.stdout, sys.__stdout__):
+        file.flush()
+    os._exit(0)  # taking the interpreter apart would cost more than all of the above
+
+
+_SERVER = _Server()
+
+
 # The toy's preferences: two summaries of one post, and which of them a noisy judge of true quality prefers.
 
 # What a sentence of a summary is worth. Coverage weighs more than correctness: comparing a value with the
