@@ -240,30 +240,10 @@ def report(result):
 
 
 # Appendix
-# Unit tests as a reward (SPEC 7): running programs that a model wrote, and that may be hostile.
-# Servers, bare Pythons without our environment, fork a keeper per test, which forks the sandboxed process. That
-# one gets the program and one input, never the expected output: its answer comes back as text and is compared
-# here. So nothing that it does to itself, its harness or its pipes earns more than the right answer would.
-
-# Bytes of memory and of a file, per process; of the folder; of an answer. Open files. Processes at a time.
-LIMITS = {
-    "memory": 1 << 29,
-    "file": 1 << 24,
-    "folder": 1 << 26,
-    "answer": 1 << 23,
-    "files": 32,
-    "processes": 8,
-}
-COMPILE_ERROR, TIME_OUT = 200, 1000  # an exit status; none that a process can have
-# What programs for call-based problems take for granted: their judges import it.
-PRELUDE = """import bisect, collections, copy, functools, heapq, itertools, math, operator, random, re, string, sys
-import datetime, decimal, fractions, queue, statistics, threading, typing
-from collections import Counter, OrderedDict, defaultdict, deque
-from functools import cache, cmp_to_key, lru_cache, reduce
-from heapq import heapify, heappop, heappush, heappushpop, heapreplace, merge, nlargest, nsmallest
-from itertools import accumulate, chain, combinations, count, cycle, groupby, permutations, product, zip_longest
-from math import ceil, floor, gcd, inf, sqrt
-from typing import *"""
+# Unit tests as a reward (SPEC 7): running programs that a model wrote, and that may be hostile. Servers, bare
+# Pythons without our environment, fork a keeper per test, which forks the sandboxed process. That one gets the
+# program and one input, never the expected output: its answer comes back as text and is compared here. So
+# nothing that it does to itself, its harness or its pipes can earn more than the right answer would.
 
 
 def program_rewards(programs: list[str], problems: list[dict], timeout: float = 4.0) -> list[float]:
@@ -273,26 +253,25 @@ def program_rewards(programs: list[str], problems: list[dict], timeout: float = 
     >>> program_rewards(["def twice(x): return 2 * x", "def twice(x): return 1 / 0", "def"], [problem] * 3)
     [1.0, -0.6, -1.0]
     """
+    failures = {"compile error": -1.0, "runtime error": -0.6, "time-out": -0.6}
     results = run_programs(programs, problems, timeout)
-    ended_early = {"compile error": -1.0, "runtime error": -0.6, "time-out": -0.6}
-    return [ended_early.get(status, -0.3 + 1.3 * passed / total) for status, passed, total in results]
+    return [failures.get(status, -0.3 + 1.3 * passed / total) for status, passed, total in results]
 
 
 def run_programs(programs, problems, timeout=4.0) -> list[tuple[str, int, int]]:
-    """Per program (status, tests passed, tests); it is right if its status is "ran" and passed equals tests.
+    """Per program (status, tests passed, tests); a right one has status "ran" and passed all its tests.
 
-    programs: source texts.  problems: that of each program, {input_output: …} in APPS' schema (SPEC 9).  timeout:
-    seconds of wall clock per test.  The status is ran, compile error, runtime error or time-out; a program ends at
-    the first test that meets one of the last three.  Raises ValueError if a problem has no tests.
+    programs: source texts.  problems: each one's, {input_output: …} in APPS' schema (SPEC 9).  timeout: seconds
+    of wall clock per test.  Status is ran, compile error, runtime error or time-out; the first test to meet one
+    of the last three is the program's last.  Raises ValueError if a problem has no tests.
     """
 
     def judge(program, function, tests):
-        passed = 0
+        failures, passed = {_Sandbox.compile_error: "compile error", _Sandbox.time_out: "time-out"}, 0
         for given, expected in tests:
             job = {"program": program, "function": function, "input": given, "timeout": timeout}
-            code, answer = _SERVER.run(job)
-            if code != 0 or (function and not answer):  # such as os._exit(0) before the function returned
-                failures = {COMPILE_ERROR: "compile error", TIME_OUT: "time-out"}
+            code, answer = _server.run(job)
+            if code != 0 or (function and not answer):  # os._exit(0) before the function has returned
                 return failures.get(code, "runtime error"), passed, len(tests)
             passed += _is_right(answer, expected, function)
         return "ran", passed, len(tests)
@@ -302,17 +281,16 @@ def run_programs(programs, problems, timeout=4.0) -> list[tuple[str, int, int]]:
 
 
 def _unit_tests(problem):
-    """A problem's function name, None for standard input and output; its list of (input, expected output)."""
+    """A problem's function name, None for standard input and output; its (input, expected output) pairs."""
     given = problem["input_output"]
     given = json.loads(given if isinstance(given, str) else json.dumps(given))
     inputs, outputs, function = given["inputs"], given["outputs"], given.get("fn_name")
     if not inputs or len(inputs) != len(outputs):
-        raise ValueError(f"a problem with {len(inputs)} inputs and {len(outputs)} outputs has no unit tests")
+        raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs are no unit tests")
     if not function:
-        inputs, outputs = (
-            [x if isinstance(x, str) else "\n".join(x) for x in xs] for xs in (inputs, outputs)
-        )
-    return function, list(zip(inputs, outputs, strict=True))
+        texts = ([x if isinstance(x, str) else "\n".join(x) for x in side] for side in (inputs, outputs))
+        inputs, outputs = texts
+    return function or None, list(zip(inputs, outputs, strict=True))
 
 
 def _is_right(answer, expected, function):
@@ -321,26 +299,25 @@ def _is_right(answer, expected, function):
         given, wanted = ([line.rstrip() for line in x.rstrip().split("\n")] for x in (answer, expected))
         return given == wanted
     try:
-        value = json.loads(answer)
-        return value == expected or [value] == expected
+        return (value := json.loads(answer)) == expected or [value] == expected
     except (ValueError, RecursionError):  # not plain data; a number of over 4,300 digits; too deep
         return False
 
 
 @functools.cache
 def _threads(process):
-    """The threads of this process, whose id is `process`; one per core, shared among a machine's ranks."""
+    """The threads of this process, whose id is `process`: one per core, shared among a machine's ranks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return ThreadPoolExecutor(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 class _Server(threading.local):
-    """Each thread's server process; a new one where the last has died."""
+    """The server process of each thread; a new one where the last has died."""
 
     process = None
 
     def run(self, job):
-        """Run one job -> [exit status or TIME_OUT, answer]; status 1 if the server itself died or hung."""
+        """Run one job -> [exit status or time_out, answer]; status 1 if the server itself died or hung."""
         if self.process is None:
             self.start()
         watchdog = threading.Timer(job["timeout"] + 10, os.killpg, (self.process.pid, 9))
@@ -357,264 +334,194 @@ class _Server(threading.local):
 
     def start(self):
         """Start a process that sees only Python's standard library, and warn of what its sandbox lacks."""
-        names = "atexit contextlib ctypes functools json os random resource select shutil sys tempfile threading time".split()
-        source = [f"import {', '.join(names)}", "from pathlib import Path"]
-        source += [
-            f"{name} = {globals()[name]!r}" for name in ("LIMITS", "COMPILE_ERROR", "TIME_OUT", "PRELUDE")
-        ]
-        parts = (
-            _serve,
-            _system,
-            _enter_namespaces,
-            _keep,
-            _watch,
-            _kill,
-            _confine,
-            _landlock,
-            _run,
-            _run_script,
+        source = (
+            "import atexit, contextlib, ctypes, json, os, random, resource, select, shutil, sys, tempfile\n"
         )
-        source += [*map(inspect.getsource, parts), "_serve()"]
-        command = [sys.executable, "-P", "-s", "-S", "-c", "\n".join(source)]
+        source += "import threading, time\nfrom pathlib import Path\n" + inspect.getsource(_Sandbox)
+        command = [sys.executable, "-P", "-s", "-S", "-c", source + "_Sandbox().serve()"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        hashes = {"PYTHONHASHSEED": "0"}  # sets come in the same order every time
+        hashes = {"PYTHONHASHSEED": "0"}  # the order of sets is to be reproducible
         process = subprocess.Popen(command, env=hashes, cwd="/", start_new_session=True, **pipes)
         atexit.register(lambda: process.stdin.close() or process.wait())
         if not (greeting := process.stdout.readline()):
-            raise RuntimeError(
-                f"{sys.executable} could not start a server for programs: its error stands above"
-            )
-        _warn(greeting.strip())
+            raise RuntimeError(f"{sys.executable} started no server for programs; its error stands above")
+        if missing := greeting.strip():
+            _print_once(f"programs run without {missing} on this system: see README.md", file=sys.stderr)
         self.process = process
 
 
-@functools.cache
-def _warn(missing):
-    """Say once per process what the system does not give the sandbox."""
-    if missing:
-        print(f"programs run without {missing}, which this system lacks: see the README", file=sys.stderr)
+_server, _print_once = _Server(), functools.cache(print)
 
 
-# From here to the end of the section: the servers' source, which runs in processes of their own.
+class _Sandbox:
+    """The servers' source, run in processes of its own. Its state is what the system offers."""
 
+    # Per process: bytes of memory and of a file; open files. Per test: processes; bytes of folder, of answer.
+    memory, file, files, processes, disk, most = 1 << 29, 1 << 24, 32, 8, 1 << 26, 1 << 23
+    compile_error, time_out = 200, 1000  # an exit status; none that a process can have
+    # What the judges of call-based problems import, so that programs take it for granted.
+    prelude = """import bisect, collections, copy, datetime, fractions, functools, heapq, itertools, math, queue
+import random, re, statistics, string, sys; from math import ceil, floor, gcd, inf, sqrt; from typing import *
+from collections import *; from functools import *; from heapq import *; from itertools import *"""
 
-def _serve():
-    """A server's life: enter the sandbox, say what it lacks, then fork a keeper per job; jobs it never sees."""
-    exec(PRELUDE, {})  # imported once, here
-    linux, uid, user, group = sys.platform == "linux", 0x70000000 + os.getpid(), os.getuid(), os.getgid()
-    try:
-        os.seteuid(uid), os.seteuid(0)
-        user = group = uid  # as root, run programs as somebody whom no file and no other process belongs to
-    except OSError:
-        uid = None
-    libraries = {
-        os.path.dirname(os.__file__),
-        sys.base_prefix + "/lib",
-        "/usr/lib",
-        "/usr/lib64",
-        "/lib",
-        "/lib64",
-    }
-    box = {"uid": uid, "user": user, "group": group, "null": os.open(os.devnull, os.O_RDWR)}
-    box |= {"linux": linux, "libraries": sorted(filter(os.path.isdir, libraries))}
-    box["namespaces"] = linux and _enter_namespaces(box)
-    with contextlib.suppress(OSError):
-        box["landlock"] = (
-            _system("syscall", 444, None, ctypes.c_size_t(0), 1) if linux else None
-        )  # its version
-    print(" and ".join(name for name in ("namespaces", "landlock") if not box.get(name)), flush=True)
-    while True:
-        if (keeper := os.fork()) == 0:
-            _keep(box)
-        if os.waitpid(keeper, 0)[1] != 0:  # no more jobs
-            return
+    def serve(self):
+        """A server's life: enter the sandbox, say what it lacks, fork a keeper per job; see no job itself."""
+        exec(self.prelude, {})  # imported once, here
+        self.linux, self.null = sys.platform == "linux", os.open(os.devnull, os.O_RDWR)
+        self.root, self.user = False, 0x70000000 + os.getpid()
+        with contextlib.suppress(OSError):
+            os.seteuid(self.user), os.seteuid(0)
+            self.root = True  # so programs run as somebody to whom no file and no other process belongs
+        self.user = self.user if self.root else os.getuid()
+        libraries = {os.path.dirname(os.__file__), sys.base_prefix + "/lib", "/usr/lib", "/usr/lib64"}
+        self.libraries = sorted(filter(os.path.isdir, libraries | {"/lib", "/lib64"}))
+        self.namespaces = self.linux and self.enter_namespaces()
+        version = ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1) if self.linux else 0
+        self.landlock = max(0, version)
+        print(" and ".join(x for x in ("namespaces", "landlock") if not getattr(self, x)), flush=True)
+        while True:
+            if (keeper := os.fork()) == 0:
+                self.keep()
+            if os.waitpid(keeper, 0)[1] != 0:  # no more jobs
+                return
 
+    def system(self, name, *arguments):
+        """Call a function of Linux's C library; OSError if it fails, nothing on other systems."""
+        if not self.linux:
+            return 0
+        function = getattr(ctypes.CDLL(None, use_errno=True), name)
+        if (result := function(*(x.encode() if isinstance(x, str) else x for x in arguments))) < 0:
+            raise OSError(ctypes.get_errno(), f"{name} failed")
+        return result
 
-def _system(name, *arguments):
-    """Call a function of the C library; OSError if it fails."""
-    function = getattr(ctypes.CDLL(None, use_errno=True), name)
-    if (result := function(*(x.encode() if isinstance(x, str) else x for x in arguments))) < 0:
-        raise OSError(ctypes.get_errno(), f"{name} failed")
-    return result
-
-
-def _enter_namespaces(box):
-    """Leave the network and the file system, but for libraries; False where the system refuses."""
-    user, group, read_only = box["user"], box["group"], 0x1 | 0x2 | 0x4 | 0x20 | 0x1000  # no suid, no devices
-    try:
-        if box["uid"] is None:  # only in a user namespace of our own may we make the others
-            _system("unshare", 0x10000000)
-            maps = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
-            for name, text in maps.items():
-                Path("/proc/self", name).write_text(text)
-        _system("unshare", 0x20000 | 0x40000000)  # mounts, network
-        _system("mount", "none", "/", "", 0x4000 | 0x40000, "")  # from now on, mounts are ours alone
-        _system(
-            "mount", "tmpfs", "/proc", "tmpfs", 0, "mode=755"
-        )  # the new root, on a folder that always exists
-        for path in box["libraries"]:
-            os.makedirs("/proc" + path, exist_ok=True)
-            _system("mount", path, "/proc" + path, "", 0x1000 | 0x4000, "")
-            _system("mount", "none", "/proc" + path, "", read_only, "")
-        os.mkdir("/proc/work")
-        _system("mount", "none", "/proc", "", read_only, "")
-        os.chroot("/proc"), os.chdir("/")
-        return True
-    except OSError:
-        return False
-
-
-def _keep(box):
-    """A keeper's life: read one job, run it in the sandbox, kill what is left, reply."""
-    job = json.loads(sys.stdin.readline() or os._exit(1))
-    if box["namespaces"]:  # of its own: a program is killed with all that it started, and its folder goes too
-        folder, options = "/work", "mode=700,uid={user},gid={group},nr_inodes=1000,size=".format(**box)
-        _system("unshare", 0x20000 | 0x08000000 | 0x20000000)  # mounts, IPC, processes
-        _system("mount", "tmpfs", folder, "tmpfs", 0x2 | 0x4 | 0x8, options + str(LIMITS["folder"]))
-    else:
-        folder = tempfile.mkdtemp()
-        os.chown(folder, box["user"], box["group"])
-    if box["linux"]:
-        (
-            _system("prctl", 36, 1),
-            _system("prctl", 4, 0),
-        )  # adopt orphans, to kill them; let nobody look into us
-    given = os.open(folder + "/input", os.O_RDWR | os.O_CREAT)
-    os.unlink(folder + "/input")
-    if job["function"] is None:
-        os.write(given, job["input"].encode(errors="replace")), os.lseek(given, 0, os.SEEK_SET)
-    pipe, answer = os.pipe()
-    deadline = time.monotonic() + job["timeout"]
-    if (program := os.fork()) == 0:
-        _confine(box, job, folder, given, answer)
-        _run(job)
-    os.close(answer)
-    code, said = _watch(program, pipe, deadline)
-    _kill(program)
-    if not box["namespaces"]:
-        shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps([code, said.decode(errors="replace")]), flush=True)
-    os._exit(0)
-
-
-def _watch(program, pipe, deadline):
-    """Read what a program says until it ends, says too much or is late -> (exit status or TIME_OUT, bytes)."""
-    said = chunk = b"?"
-    while chunk and len(said) <= LIMITS["answer"] and (left := deadline - time.monotonic()) > 0:
-        chunk = os.read(pipe, 1 << 16) if select.select([pipe], [], [], left)[0] else b""
-        said += chunk
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(program, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status), said[1:]
-        if len(said) > LIMITS["answer"]:
-            return 1, b""
-        time.sleep(0.0002)
-    return TIME_OUT, b""
-
-
-def _kill(program):
-    """Kill a program, its process group and, without namespaces, the orphans that we adopted."""
-    adopted = Path(f"/proc/self/task/{os.getpid()}/children")
-    with contextlib.suppress(OSError):
-        os.killpg(program, 9)
-    while True:
-        for child in (program, *(adopted.read_text().split() if adopted.exists() else [])):
-            with contextlib.suppress(OSError):
-                os.kill(int(child), 9)
+    def enter_namespaces(self):
+        """Leave the network and, but for libraries, the file system; False where the system refuses."""
+        bind, read_only = 0x1000 | 0x4000, 0x1 | 0x2 | 0x4 | 0x20 | 0x1000  # and no suid, no devices
+        maps = {
+            "setgroups": "deny",
+            "uid_map": f"{self.user} {self.user} 1",
+            "gid_map": f"{os.getgid()} {os.getgid()} 1",
+        }
         try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            return
+            if not self.root:  # only in a user namespace of our own may we make the others
+                self.system("unshare", 0x10000000)
+                for name, text in maps.items():
+                    Path("/proc/self", name).write_text(text)
+            self.system("unshare", 0x20000 | 0x40000000)  # mounts, network
+            self.system("mount", "none", "/", "", 0x4000 | 0x40000, "")  # from here on, mounts are private
+            self.system("mount", "tmpfs", "/proc", "tmpfs", 0, "mode=755")  # on a folder that always exists
+            for path in self.libraries:
+                os.makedirs("/proc" + path, exist_ok=True)
+                self.system("mount", path, "/proc" + path, "", bind, "")
+                self.system("mount", "none", "/proc" + path, "", read_only, "")
+            os.mkdir("/proc/work")
+            self.system("mount", "none", "/proc", "", read_only, "")
+            os.chroot("/proc"), os.chdir("/")
+            return True
+        except OSError:
+            return False
 
+    def keep(self):
+        """A keeper's life: read one job, run it in the sandbox, kill what is left, reply."""
+        job = json.loads(sys.stdin.readline() or os._exit(1))
+        folder = "/work" if self.namespaces else tempfile.mkdtemp()
+        if self.namespaces:  # new ones: a program dies with all that it started, and so does its folder
+            options = f"mode=700,uid={self.user},nr_inodes=1000,size={self.disk}"
+            self.system("unshare", 0x20000 | 0x08000000 | 0x20000000)  # mounts, IPC, processes
+            self.system("mount", "tmpfs", folder, "tmpfs", 0x2 | 0x4 | 0x8, options)  # nothing to execute
+        os.chown(folder, self.user, -1)
+        self.system("prctl", 36, 1), self.system("prctl", 4, 0)  # adopt orphans, to kill them; be private
+        given = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        given.write(b"" if job["function"] else job["input"].encode(errors="replace")), given.seek(0)
+        pipe, answer = os.pipe()
+        deadline = time.monotonic() + job["timeout"]
+        if (program := os.fork()) == 0:
+            self.confine(job, folder, given.fileno(), answer)
+            self.run(job)
+        os.close(answer)
+        said = chunk = b"?"  # until the program has ended, says too much, or is late
+        while chunk and len(said) < self.most and (left := deadline - time.monotonic()) > 0:
+            chunk = os.read(pipe, 1 << 16) if select.select([pipe], [], [], left)[0] else b""
+            said += chunk
+        late = time.monotonic() >= deadline
+        code = self.kill(program)
+        if not self.namespaces:
+            shutil.rmtree(folder, ignore_errors=True)
+        print(json.dumps([self.time_out if late else code, said[1:].decode(errors="replace")]), flush=True)
+        os._exit(0)
 
-def _confine(box, job, folder, given, answer):
-    """Before a program runs: its own session, only its own open files, limits, and no rights."""
-    os.setsid()
-    script = job["function"] is None
-    (
-        os.dup2(given, 0),
-        os.dup2(box["null"], 2),
-        os.dup2(answer if script else box["null"], 1),
-        os.dup2(answer, 3),
-    )
-    os.closerange(3 if script else 4, 256)
-    os.chdir(folder), os.umask(0o077)
-    limits = {"CPU": int(job["timeout"]) + 2, "AS": LIMITS["memory"], "FSIZE": LIMITS["file"], "CORE": 0}
-    for name, limit in {**limits, "NOFILE": LIMITS["files"], "NPROC": LIMITS["processes"]}.items():
-        with contextlib.suppress(ValueError, OSError):  # macOS does not know all of them
-            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
-    if box["linux"]:
-        _system("prctl", 38, 1, 0, 0, 0)  # no new privileges
-    if box.get("landlock"):
-        _landlock(box["landlock"], box["libraries"], folder)
-    if box["uid"]:
-        os.setgroups([]), os.setresgid(*[box["uid"]] * 3), os.setresuid(*[box["uid"]] * 3)
-    if box["linux"]:
-        _system("capset", (ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)())  # no capabilities
-        _system("prctl", 1, 9)  # die with the keeper
+    def kill(self, program):
+        """Kill a program, its process group and, without namespaces, adopted orphans -> its exit status."""
+        adopted, code = Path(f"/proc/self/task/{os.getpid()}/children"), 0
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                for child in (-program, program, *(adopted.read_text().split() if adopted.exists() else ())):
+                    with contextlib.suppress(OSError):
+                        os.kill(int(child), 9)
+                ended, status = os.waitpid(-1, 0)
+                code = os.waitstatus_to_exitcode(status) if ended == program else code
+        return code
 
+    def confine(self, job, folder, given, answer):
+        """Before a program runs: a session of its own, only its own open files, limits, and no rights."""
+        os.setsid()
+        output = self.null if job["function"] else answer
+        for target, source in enumerate((given, output, self.null, answer)):
+            os.dup2(source, target)
+        os.closerange(4, 256)
+        os.chdir(folder), os.umask(0o077)
+        limits = {"CPU": int(job["timeout"]) + 2, "AS": self.memory, "FSIZE": self.file, "NOFILE": self.files}
+        for name, limit in {**limits, "NPROC": self.processes, "CORE": 0}.items():
+            with contextlib.suppress(ValueError, OSError):  # macOS does not know all of them
+                resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
+        self.system("prctl", 38, 1, 0, 0, 0)  # no new privileges
+        if self.landlock:
+            self.restrict_files(folder)
+        if self.root:
+            os.setgroups([]), os.setresgid(*[self.user] * 3), os.setresuid(*[self.user] * 3)
+        self.system("capset", (ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)())  # no capabilities
+        self.system("prctl", 1, 9)  # die with the keeper
 
-def _landlock(version, libraries, folder):
-    """Let it read `libraries` and write to `folder`; deny other files, TCP, signals: what the kernel can."""
-    every = (
-        1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)
-    ) - 1  # newer versions know more kinds of access
-    handled = (ctypes.c_uint64 * 3)(every, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
-    rules = _system("syscall", 444, handled, ctypes.c_size_t(24), 0)
-    for path in (*libraries, folder):
-        place = os.open(path, os.O_PATH)
-        allowed = every - 1 if path == folder else 4 | 8  # all but execute; read files, list folders
-        _system("syscall", 445, rules, 1, (ctypes.c_uint64 * 2)(allowed, place), 0)
-        os.close(place)
-    _system("syscall", 446, rules, 0)
-    os.close(rules)
+    def restrict_files(self, folder):
+        """Landlock: read libraries, write to `folder`; no other files, no TCP, no signals to others."""
+        every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(self.landlock, 16)) - 1  # what this version knows of
+        handled = (ctypes.c_uint64 * 3)(every, 3 * (self.landlock >= 4), 3 * (self.landlock >= 6))
+        rules = self.system("syscall", 444, handled, ctypes.c_size_t(24), 0)
+        for path in (*self.libraries, folder):
+            place = os.open(path, os.O_PATH)
+            allowed = every - 1 if path == folder else 4 | 8  # all but execute; read files, list folders
+            self.system("syscall", 445, rules, 1, (ctypes.c_uint64 * 2)(allowed, place), 0)
+            os.close(place)
+        self.system("syscall", 446, rules, 0), os.close(rules)
 
-
-def _run(job):
-    """Run a program on one input: as a script, or to call its function and write down what that returns."""
-    script, dumps = job["function"] is None, json.dumps
-    random.seed(0)  # the reward is to be reproducible
-    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
-    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
-    names = {"__name__": "__main__" if script else "program", "exit": sys.exit, "quit": sys.exit}
-    try:
-        code = compile(job["program"], "program", "exec", dont_inherit=True)
-    except BaseException:
-        os._exit(COMPILE_ERROR)
-    if script:
-        _run_script(code, names)
-    exec(PRELUDE, names)
-    exec(code, names)
-    function = names.get(job["function"]) or getattr(names["Solution"](), job["function"])
-    value = function(*job["input"])
-    try:
-        text = dumps(value)
-    except Exception:  # a set, a generator, an object; too deep, or circular: no right answer
-        text = "not plain data"
-    with open(3, "w") as file:
-        file.write(text)
-    os._exit(0)
-
-
-def _run_script(code, names):
-    """Run a script to its end, as Python would: wait for threads, call atexit's functions, write out buffers."""
-    try:
+    def run(self, job):
+        """Run a program on one input: as a script, or to call its function and write down its value."""
+        script = job["function"] is None
+        random.seed(0), sys.set_int_max_str_digits(0)  # reproducible; as in the Python of APPS' days
+        text = {"encoding": "utf-8", "errors": "replace", "closefd": False}
+        sys.stdin, sys.stdout = open(0, **text), open(1, "w", **text)  # noqa: SIM115
+        sys.__stdin__, sys.__stdout__ = sys.stdin, sys.stdout
+        names = {"__name__": "__main__" if script else "program", "exit": sys.exit, "quit": sys.exit}
+        try:
+            code = compile(job["program"], "program", "exec", dont_inherit=True)
+        except BaseException:
+            os._exit(self.compile_error)
+        if script:
+            exec(code, names)
+            threading._shutdown(), atexit._run_exitfuncs(), names.clear()  # await threads, close files
+            sys.stdout.flush(), sys.__stdout__.flush()
+            os._exit(0)  # taking the interpreter apart would take longer than all of the above
+        exec(self.prelude, names)
         exec(code, names)
-    except SystemExit as end:
-        if end.code:
-            raise
-    for thread in threading.enumerate():
-        if thread is not threading.main_thread() and not thread.daemon:
-            thread.join()
-    atexit._run_exitfuncs()
-    names.clear()
-    for file in (sys.stdout, sys.__stdout__):
-        file.flush()
-    os._exit(0)  # taking the interpreter apart would cost more than all of the above
-
-
-_SERVER = _Server()
+        function = names.get(job["function"]) or getattr(names["Solution"](), job["function"])
+        value = function(*job["input"])
+        try:
+            text = json.dumps(value)
+        except Exception:  # a set, a generator, an object; too deep, or circular: no right answer
+            text = "not plain data"
+        with open(3, "w", closefd=False) as file:  # the end of the output would be the end of the program
+            file.write(text)
+        os._exit(0)
 
 
 # The toy's preferences: two summaries of one post, and which of them a noisy judge of true quality prefers.
