@@ -267,12 +267,12 @@ def run_programs(programs, problems, timeout=4.0) -> list[tuple[str, int, int]]:
     """
 
     def judge(program, function, tests):
-        failures, passed = {_Sandbox.compile_error: "compile error", _Sandbox.time_out: "time-out"}, 0
+        passed = 0
         for given, expected in tests:
             job = {"program": program, "function": function, "input": given, "timeout": timeout}
-            code, answer = _server.run(job)
-            if code != 0 or (function and not answer):  # os._exit(0) before the function has returned
-                return failures.get(code, "runtime error"), passed, len(tests)
+            status, answer = _server.run(job)
+            if status != "ran":
+                return status, passed, len(tests)
             passed += _is_right(answer, expected, function)
         return "ran", passed, len(tests)
 
@@ -288,8 +288,9 @@ def _unit_tests(problem):
     if not inputs or len(inputs) != len(outputs):
         raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs are no unit tests")
     if not function:
-        texts = ([x if isinstance(x, str) else "\n".join(x) for x in side] for side in (inputs, outputs))
-        inputs, outputs = texts
+        inputs, outputs = (
+            ["\n".join([x] if isinstance(x, str) else x) for x in y] for y in (inputs, outputs)
+        )
     return function or None, list(zip(inputs, outputs, strict=True))
 
 
@@ -317,9 +318,8 @@ class _Server(threading.local):
     process = None
 
     def run(self, job):
-        """Run one job -> [exit status or time_out, answer]; status 1 if the server itself died or hung."""
-        if self.process is None:
-            self.start()
+        """Run one job -> [status, answer]; a server that dies or hangs is the program's runtime error."""
+        self.process = self.process or self.start()
         watchdog = threading.Timer(job["timeout"] + 10, os.killpg, (self.process.pid, 9))
         watchdog.start()
         try:
@@ -328,26 +328,25 @@ class _Server(threading.local):
         except (OSError, ValueError):
             os.killpg(self.process.pid, 9)
             self.process = self.process.communicate() and None
-            return 1, ""
+            return ["runtime error", ""]
         finally:
             watchdog.cancel()
 
     def start(self):
         """Start a process that sees only Python's standard library, and warn of what its sandbox lacks."""
         source = (
-            "import atexit, contextlib, ctypes, json, os, random, resource, select, shutil, sys, tempfile\n"
+            "import atexit, contextlib, ctypes, json, os, random, resource, select, shutil, sys, tempfile"
         )
-        source += "import threading, time\nfrom pathlib import Path\n" + inspect.getsource(_Sandbox)
+        source += "\nimport threading, time\nfrom pathlib import Path\n" + inspect.getsource(_Sandbox)
         command = [sys.executable, "-P", "-s", "-S", "-c", source + "_Sandbox().serve()"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        hashes = {"PYTHONHASHSEED": "0"}  # the order of sets is to be reproducible
-        process = subprocess.Popen(command, env=hashes, cwd="/", start_new_session=True, **pipes)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+        process = subprocess.Popen(command, env={"PYTHONHASHSEED": "0"}, **pipes)  # sets in the same order
         atexit.register(lambda: process.stdin.close() or process.wait())
         if not (greeting := process.stdout.readline()):
             raise RuntimeError(f"{sys.executable} started no server for programs; its error stands above")
         if missing := greeting.strip():
             _print_once(f"programs run without {missing} on this system: see README.md", file=sys.stderr)
-        self.process = process
+        return process
 
 
 _server, _print_once = _Server(), functools.cache(print)
@@ -356,9 +355,9 @@ _server, _print_once = _Server(), functools.cache(print)
 class _Sandbox:
     """The servers' source, run in processes of its own. Its state is what the system offers."""
 
-    # Per process: bytes of memory and of a file; open files. Per test: processes; bytes of folder, of answer.
-    memory, file, files, processes, disk, most = 1 << 29, 1 << 24, 32, 8, 1 << 26, 1 << 23
-    compile_error, time_out = 200, 1000  # an exit status; none that a process can have
+    # Per process: bytes of memory and of a file, open files; processes at a time. Bytes of folder and answer.
+    limits = {"AS": 1 << 29, "FSIZE": 1 << 24, "NOFILE": 32, "NPROC": 8, "CORE": 0}
+    disk, most, compile_error = 1 << 26, 1 << 23, 200  # the last is an exit status
     # What the judges of call-based problems import, so that programs take it for granted.
     prelude = """import bisect, collections, copy, datetime, fractions, functools, heapq, itertools, math, queue
 import random, re, statistics, string, sys; from math import ceil, floor, gcd, inf, sqrt; from typing import *
@@ -368,22 +367,18 @@ from collections import *; from functools import *; from heapq import *; from it
         """A server's life: enter the sandbox, say what it lacks, fork a keeper per job; see no job itself."""
         exec(self.prelude, {})  # imported once, here
         self.linux, self.null = sys.platform == "linux", os.open(os.devnull, os.O_RDWR)
-        self.root, self.user = False, 0x70000000 + os.getpid()
+        self.root, self.user = False, os.getuid()
         with contextlib.suppress(OSError):
-            os.seteuid(self.user), os.seteuid(0)
-            self.root = True  # so programs run as somebody to whom no file and no other process belongs
-        self.user = self.user if self.root else os.getuid()
+            os.seteuid(0x70000000 + os.getpid()), os.seteuid(0)
+            self.root, self.user = True, 0x70000000 + os.getpid()  # to whom no file or other process belongs
         libraries = {os.path.dirname(os.__file__), sys.base_prefix + "/lib", "/usr/lib", "/usr/lib64"}
         self.libraries = sorted(filter(os.path.isdir, libraries | {"/lib", "/lib64"}))
         self.namespaces = self.linux and self.enter_namespaces()
         version = ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1) if self.linux else 0
         self.landlock = max(0, version)
         print(" and ".join(x for x in ("namespaces", "landlock") if not getattr(self, x)), flush=True)
-        while True:
-            if (keeper := os.fork()) == 0:
-                self.keep()
-            if os.waitpid(keeper, 0)[1] != 0:  # no more jobs
-                return
+        while os.waitpid(os.fork() or self.keep(), 0)[1] == 0:
+            pass  # until a keeper finds no more jobs
 
     def system(self, name, *arguments):
         """Call a function of Linux's C library; OSError if it fails, nothing on other systems."""
@@ -396,17 +391,13 @@ from collections import *; from functools import *; from heapq import *; from it
 
     def enter_namespaces(self):
         """Leave the network and, but for libraries, the file system; False where the system refuses."""
-        bind, read_only = 0x1000 | 0x4000, 0x1 | 0x2 | 0x4 | 0x20 | 0x1000  # and no suid, no devices
-        maps = {
-            "setgroups": "deny",
-            "uid_map": f"{self.user} {self.user} 1",
-            "gid_map": f"{os.getgid()} {os.getgid()} 1",
-        }
+        group, bind, read_only = os.getgid(), 0x1000 | 0x4000, 0x1 | 0x2 | 0x4 | 0x20 | 0x1000
         try:
             if not self.root:  # only in a user namespace of our own may we make the others
                 self.system("unshare", 0x10000000)
-                for name, text in maps.items():
-                    Path("/proc/self", name).write_text(text)
+                Path("/proc/self/setgroups").write_text("deny")
+                Path("/proc/self/uid_map").write_text(f"{self.user} {self.user} 1")
+                Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
             self.system("unshare", 0x20000 | 0x40000000)  # mounts, network
             self.system("mount", "none", "/", "", 0x4000 | 0x40000, "")  # from here on, mounts are private
             self.system("mount", "tmpfs", "/proc", "tmpfs", 0, "mode=755")  # on a folder that always exists
@@ -443,11 +434,13 @@ from collections import *; from functools import *; from heapq import *; from it
         while chunk and len(said) < self.most and (left := deadline - time.monotonic()) > 0:
             chunk = os.read(pipe, 1 << 16) if select.select([pipe], [], [], left)[0] else b""
             said += chunk
-        late = time.monotonic() >= deadline
-        code = self.kill(program)
+        late, code = time.monotonic() >= deadline, self.kill(program)
+        if code == 0 and job["function"] and len(said) == 1:
+            code = 1  # os._exit(0) before the function has returned
+        failure = "time-out" if late else "compile error" if code == self.compile_error else "runtime error"
         if not self.namespaces:
             shutil.rmtree(folder, ignore_errors=True)
-        print(json.dumps([self.time_out if late else code, said[1:].decode(errors="replace")]), flush=True)
+        print(json.dumps([failure if late or code else "ran", said[1:].decode(errors="replace")]), flush=True)
         os._exit(0)
 
     def kill(self, program):
@@ -464,14 +457,10 @@ from collections import *; from functools import *; from heapq import *; from it
 
     def confine(self, job, folder, given, answer):
         """Before a program runs: a session of its own, only its own open files, limits, and no rights."""
-        os.setsid()
-        output = self.null if job["function"] else answer
-        for target, source in enumerate((given, output, self.null, answer)):
+        for target, source in enumerate((given, self.null if job["function"] else answer, self.null, answer)):
             os.dup2(source, target)
-        os.closerange(4, 256)
-        os.chdir(folder), os.umask(0o077)
-        limits = {"CPU": int(job["timeout"]) + 2, "AS": self.memory, "FSIZE": self.file, "NOFILE": self.files}
-        for name, limit in {**limits, "NPROC": self.processes, "CORE": 0}.items():
+        os.closerange(4, 256), os.setsid(), os.chdir(folder), os.umask(0o077)
+        for name, limit in {**self.limits, "CPU": int(job["timeout"]) + 2}.items():
             with contextlib.suppress(ValueError, OSError):  # macOS does not know all of them
                 resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
         self.system("prctl", 38, 1, 0, 0, 0)  # no new privileges
@@ -490,23 +479,20 @@ from collections import *; from functools import *; from heapq import *; from it
         for path in (*self.libraries, folder):
             place = os.open(path, os.O_PATH)
             allowed = every - 1 if path == folder else 4 | 8  # all but execute; read files, list folders
-            self.system("syscall", 445, rules, 1, (ctypes.c_uint64 * 2)(allowed, place), 0)
-            os.close(place)
+            self.system("syscall", 445, rules, 1, (ctypes.c_uint64 * 2)(allowed, place), 0), os.close(place)
         self.system("syscall", 446, rules, 0), os.close(rules)
 
     def run(self, job):
         """Run a program on one input: as a script, or to call its function and write down its value."""
-        script = job["function"] is None
         random.seed(0), sys.set_int_max_str_digits(0)  # reproducible; as in the Python of APPS' days
         text = {"encoding": "utf-8", "errors": "replace", "closefd": False}
-        sys.stdin, sys.stdout = open(0, **text), open(1, "w", **text)  # noqa: SIM115
-        sys.__stdin__, sys.__stdout__ = sys.stdin, sys.stdout
-        names = {"__name__": "__main__" if script else "program", "exit": sys.exit, "quit": sys.exit}
+        sys.stdin, sys.stdout = sys.__stdin__, sys.__stdout__ = open(0, **text), open(1, "w", **text)
+        names = {"__name__": "program" if job["function"] else "__main__", "exit": sys.exit, "quit": sys.exit}
         try:
             code = compile(job["program"], "program", "exec", dont_inherit=True)
         except BaseException:
             os._exit(self.compile_error)
-        if script:
+        if not job["function"]:
             exec(code, names)
             threading._shutdown(), atexit._run_exitfuncs(), names.clear()  # await threads, close files
             sys.stdout.flush(), sys.__stdout__.flush()
@@ -514,13 +500,10 @@ from collections import *; from functools import *; from heapq import *; from it
         exec(self.prelude, names)
         exec(code, names)
         function = names.get(job["function"]) or getattr(names["Solution"](), job["function"])
-        value = function(*job["input"])
-        try:
-            text = json.dumps(value)
-        except Exception:  # a set, a generator, an object; too deep, or circular: no right answer
-            text = "not plain data"
-        with open(3, "w", closefd=False) as file:  # the end of the output would be the end of the program
-            file.write(text)
+        value, answer = function(*job["input"]), "not plain data"
+        with contextlib.suppress(Exception):  # a set, a generator, an object; too deep, or circular
+            answer = json.dumps(value)
+        os.write(3, answer.encode())
         os._exit(0)
 
 
