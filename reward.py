@@ -240,19 +240,13 @@ def report(result):
 
 
 # Appendix
-# Unit tests as a reward (SPEC 7): running programs that a model wrote, and that may be hostile. Servers, bare
-# Pythons without our environment, fork a keeper per test, which forks the sandboxed process. That one gets the
-# program and one input, never the expected output: its answer comes back as text and is compared here. So
-# nothing that it does to itself, its harness or its pipes can earn more than the right answer would.
+# Unit tests as a reward (SPEC 7): running programs that a model wrote, maybe hostile ones. Servers, bare Pythons,
+# fork a keeper per test, which forks the sandboxed process. That never sees the expected output: its answer is
+# compared here, as text. So no trick on itself, its harness or its pipes earns more than the right answer.
 
 
 def program_rewards(programs: list[str], problems: list[dict], timeout: float = 4.0) -> list[float]:
-    """SPEC 7's reward of each program on its problem's unit tests; arguments as in `run_programs`.
-
-    >>> problem = {"input_output": {"fn_name": "twice", "inputs": [[1], [2]], "outputs": [2, 4]}}
-    >>> program_rewards(["def twice(x): return 2 * x", "def twice(x): return 1 / 0", "def"], [problem] * 3)
-    [1.0, -0.6, -1.0]
-    """
+    """SPEC 7's reward of each program on its problem's unit tests; arguments as in `run_programs`."""
     failures = {"compile error": -1.0, "runtime error": -0.6, "time-out": -0.6}
     results = run_programs(programs, problems, timeout)
     return [failures.get(status, -0.3 + 1.3 * passed / total) for status, passed, total in results]
@@ -261,9 +255,9 @@ def program_rewards(programs: list[str], problems: list[dict], timeout: float = 
 def run_programs(programs, problems, timeout=4.0) -> list[tuple[str, int, int]]:
     """Per program (status, tests passed, tests); a right one has status "ran" and passed all its tests.
 
-    programs: source texts.  problems: each one's, {input_output: …} in APPS' schema (SPEC 9).  timeout: seconds
-    of wall clock per test.  Status is ran, compile error, runtime error or time-out; the first test to meet one
-    of the last three is the program's last.  Raises ValueError if a problem has no tests.
+    programs: sources.  problems: each one's, {input_output: …} as in APPS (SPEC 9).  timeout: seconds per test,
+    wall clock.  Status is ran, compile error, runtime error or time-out; the first test to meet one of the last
+    three is the program's last.  Raises ValueError if a problem has no tests.
     """
 
     def judge(program, function, tests):
@@ -288,9 +282,8 @@ def _unit_tests(problem):
     if not inputs or len(inputs) != len(outputs):
         raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs are no unit tests")
     if not function:
-        inputs, outputs = (
-            ["\n".join([x] if isinstance(x, str) else x) for x in y] for y in (inputs, outputs)
-        )
+        sides = inputs, outputs
+        inputs, outputs = (["\n".join([x] if isinstance(x, str) else x) for x in y] for y in sides)
     return function or None, list(zip(inputs, outputs, strict=True))
 
 
@@ -334,18 +327,16 @@ class _Server(threading.local):
 
     def start(self):
         """Start a process that sees only Python's standard library, and warn of what its sandbox lacks."""
-        source = (
-            "import atexit, contextlib, ctypes, json, os, random, resource, select, shutil, sys, tempfile"
-        )
-        source += "\nimport threading, time\nfrom pathlib import Path\n" + inspect.getsource(_Sandbox)
+        source = "import atexit, contextlib, ctypes, json, os, random, resource, select, shutil, sys, time\n"
+        source += "import tempfile, threading\nfrom pathlib import Path\n" + inspect.getsource(_Sandbox)
         command = [sys.executable, "-P", "-s", "-S", "-c", source + "_Sandbox().serve()"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
         process = subprocess.Popen(command, env={"PYTHONHASHSEED": "0"}, **pipes)  # sets in the same order
         atexit.register(lambda: process.stdin.close() or process.wait())
         if not (greeting := process.stdout.readline()):
             raise RuntimeError(f"{sys.executable} started no server for programs; its error stands above")
-        if missing := greeting.strip():
-            _print_once(f"programs run without {missing} on this system: see README.md", file=sys.stderr)
+        if greeting.strip():
+            _print_once(f"programs run without {greeting.strip()} here: see README.md", file=sys.stderr)
         return process
 
 
@@ -356,12 +347,12 @@ class _Sandbox:
     """The servers' source, run in processes of its own. Its state is what the system offers."""
 
     # Per process: bytes of memory and of a file, open files; processes at a time. Bytes of folder and answer.
-    limits = {"AS": 1 << 29, "FSIZE": 1 << 24, "NOFILE": 32, "NPROC": 8, "CORE": 0}
+    limits = (("AS", 1 << 29), ("FSIZE", 1 << 24), ("NOFILE", 32), ("NPROC", 8), ("CORE", 0))
     disk, most, compile_error = 1 << 26, 1 << 23, 200  # the last is an exit status
     # What the judges of call-based problems import, so that programs take it for granted.
-    prelude = """import bisect, collections, copy, datetime, fractions, functools, heapq, itertools, math, queue
-import random, re, statistics, string, sys; from math import ceil, floor, gcd, inf, sqrt; from typing import *
-from collections import *; from functools import *; from heapq import *; from itertools import *"""
+    prelude = """import bisect, collections, copy, datetime, fractions, functools, heapq, itertools, math
+import queue, random, re, statistics, string, sys; from math import ceil, floor, gcd, inf, sqrt
+from typing import *; from collections import *; from functools import *; from heapq import *; from itertools import *"""
 
     def serve(self):
         """A server's life: enter the sandbox, say what it lacks, fork a keeper per job; see no job itself."""
@@ -374,17 +365,14 @@ from collections import *; from functools import *; from heapq import *; from it
         libraries = {os.path.dirname(os.__file__), sys.base_prefix + "/lib", "/usr/lib", "/usr/lib64"}
         self.libraries = sorted(filter(os.path.isdir, libraries | {"/lib", "/lib64"}))
         self.namespaces = self.linux and self.enter_namespaces()
-        version = ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1) if self.linux else 0
-        self.landlock = max(0, version)
+        self.landlock = self.linux and max(0, ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1))
         print(" and ".join(x for x in ("namespaces", "landlock") if not getattr(self, x)), flush=True)
         while os.waitpid(os.fork() or self.keep(), 0)[1] == 0:
             pass  # until a keeper finds no more jobs
 
     def system(self, name, *arguments):
         """Call a function of Linux's C library; OSError if it fails, nothing on other systems."""
-        if not self.linux:
-            return 0
-        function = getattr(ctypes.CDLL(None, use_errno=True), name)
+        function = getattr(ctypes.CDLL(None, use_errno=True), name) if self.linux else lambda *ignored: 0
         if (result := function(*(x.encode() if isinstance(x, str) else x for x in arguments))) < 0:
             raise OSError(ctypes.get_errno(), f"{name} failed")
         return result
@@ -424,8 +412,7 @@ from collections import *; from functools import *; from heapq import *; from it
         self.system("prctl", 36, 1), self.system("prctl", 4, 0)  # adopt orphans, to kill them; be private
         given = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         given.write(b"" if job["function"] else job["input"].encode(errors="replace")), given.seek(0)
-        pipe, answer = os.pipe()
-        deadline = time.monotonic() + job["timeout"]
+        (pipe, answer), deadline = os.pipe(), time.monotonic() + job["timeout"]
         if (program := os.fork()) == 0:
             self.confine(job, folder, given.fileno(), answer)
             self.run(job)
@@ -434,9 +421,8 @@ from collections import *; from functools import *; from heapq import *; from it
         while chunk and len(said) < self.most and (left := deadline - time.monotonic()) > 0:
             chunk = os.read(pipe, 1 << 16) if select.select([pipe], [], [], left)[0] else b""
             said += chunk
-        late, code = time.monotonic() >= deadline, self.kill(program)
-        if code == 0 and job["function"] and len(said) == 1:
-            code = 1  # os._exit(0) before the function has returned
+        late, unsaid = time.monotonic() >= deadline, job["function"] and len(said) == 1
+        code = self.kill(program) or unsaid  # no result: os._exit(0) before the function has returned
         failure = "time-out" if late else "compile error" if code == self.compile_error else "runtime error"
         if not self.namespaces:
             shutil.rmtree(folder, ignore_errors=True)
@@ -460,33 +446,31 @@ from collections import *; from functools import *; from heapq import *; from it
         for target, source in enumerate((given, self.null if job["function"] else answer, self.null, answer)):
             os.dup2(source, target)
         os.closerange(4, 256), os.setsid(), os.chdir(folder), os.umask(0o077)
-        for name, limit in {**self.limits, "CPU": int(job["timeout"]) + 2}.items():
+        for name, limit in (*self.limits, ("CPU", int(job["timeout"]) + 2)):
             with contextlib.suppress(ValueError, OSError):  # macOS does not know all of them
                 resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
         self.system("prctl", 38, 1, 0, 0, 0)  # no new privileges
-        if self.landlock:
-            self.restrict_files(folder)
+        if self.landlock:  # read libraries, write to `folder`; no other files, no TCP, no signals to others
+            every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(self.landlock, 16)) - 1  # kinds that it knows of
+            handled = (ctypes.c_uint64 * 3)(every, 3 * (self.landlock >= 4), 3 * (self.landlock >= 6))
+            rules = self.system("syscall", 444, handled, ctypes.c_size_t(24), 0)
+            for path in (*self.libraries, folder):
+                place = os.open(path, os.O_PATH)
+                allowed = every - 1 if path == folder else 4 | 8  # all but execute; read files, list folders
+                rule = (ctypes.c_uint64 * 2)(allowed, place)
+                self.system("syscall", 445, rules, 1, rule, 0), os.close(place)
+            self.system("syscall", 446, rules, 0), os.close(rules)
         if self.root:
             os.setgroups([]), os.setresgid(*[self.user] * 3), os.setresuid(*[self.user] * 3)
         self.system("capset", (ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)())  # no capabilities
         self.system("prctl", 1, 9)  # die with the keeper
 
-    def restrict_files(self, folder):
-        """Landlock: read libraries, write to `folder`; no other files, no TCP, no signals to others."""
-        every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(self.landlock, 16)) - 1  # what this version knows of
-        handled = (ctypes.c_uint64 * 3)(every, 3 * (self.landlock >= 4), 3 * (self.landlock >= 6))
-        rules = self.system("syscall", 444, handled, ctypes.c_size_t(24), 0)
-        for path in (*self.libraries, folder):
-            place = os.open(path, os.O_PATH)
-            allowed = every - 1 if path == folder else 4 | 8  # all but execute; read files, list folders
-            self.system("syscall", 445, rules, 1, (ctypes.c_uint64 * 2)(allowed, place), 0), os.close(place)
-        self.system("syscall", 446, rules, 0), os.close(rules)
-
     def run(self, job):
         """Run a program on one input: as a script, or to call its function and write down its value."""
         random.seed(0), sys.set_int_max_str_digits(0)  # reproducible; as in the Python of APPS' days
         text = {"encoding": "utf-8", "errors": "replace", "closefd": False}
-        sys.stdin, sys.stdout = sys.__stdin__, sys.__stdout__ = open(0, **text), open(1, "w", **text)
+        sys.stdin = sys.__stdin__ = os.fdopen(0, **text)
+        sys.stdout = sys.__stdout__ = os.fdopen(1, "w", **text)
         names = {"__name__": "program" if job["function"] else "__main__", "exit": sys.exit, "quit": sys.exit}
         try:
             code = compile(job["program"], "program", "exec", dont_inherit=True)
@@ -503,8 +487,7 @@ from collections import *; from functools import *; from heapq import *; from it
         value, answer = function(*job["input"]), "not plain data"
         with contextlib.suppress(Exception):  # a set, a generator, an object; too deep, or circular
             answer = json.dumps(value)
-        os.write(3, answer.encode())
-        os._exit(0)
+        os.write(3, answer.encode()), os._exit(0)
 
 
 # The toy's preferences: two summaries of one post, and which of them a noisy judge of true quality prefers.

@@ -454,14 +454,14 @@ def test_processes_and_folders_end_with_the_interpreter(tmp_path):
 
 def test_without_namespaces_and_landlock_it_warns_once_and_still_ends_programs(monkeypatch, capfd):
     source = inspect.getsource(reward._Sandbox)
-    bare = source.replace("self.linux and self.enter_namespaces()", "False").replace("max(0, version)", "0")
+    bare = source.replace("self.linux and self.enter_namespaces()", "False").replace("self.landlock = self.linux and", "self.landlock = 0 and")
     assert bare.count("\n") == source.count("\n") and bare != source
     monkeypatch.setattr(reward.inspect, "getsource", lambda part: bare)
     monkeypatch.setattr(reward, "_server", reward._Server())
     reward._print_once.cache_clear()
     names = ["infinite loop", "fork bomb", "os._exit before the tests", "daemon that keeps the pipe", "1 GB file"]
     programs = [RIGHT, RIGHT_SCRIPT, *[NAUGHTY[name] for name in names], WRONG["always equal"], RIGHT]
-    programs += [HEAD + ATTACK["leaves a daemon"] + "\n" + RIGHT_SCRIPT, RIGHT]
+    programs += ["import os, time\n" + ATTACK["leaves a daemon"] + "\n" + RIGHT_SCRIPT, RIGHT]
     problems = [SQUARE, DOUBLE, *[SQUARE] * (len(names) + 2), DOUBLE, SQUARE]
     rewards = program_rewards(programs, problems, TIMEOUT)
     assert rewards == [1.0, 1.0, *[-0.6] * len(names), -0.3, 1.0, 1.0, 1.0]
