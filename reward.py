@@ -240,9 +240,9 @@ def report(result):
 
 
 # Appendix
-# Unit tests as a reward (SPEC 7): running programs that a model wrote, maybe hostile ones. Servers, bare Pythons,
-# fork a keeper per test, which forks the sandboxed process. That never sees the expected output: its answer is
-# compared here, as text. So no trick on itself, its harness or its pipes earns more than the right answer.
+# Unit tests as a reward (SPEC 7): running programs that a model wrote, maybe hostile ones. Bare Pythons, the
+# servers, fork a keeper per test, and that the sandboxed process. It never sees the expected output: its answer
+# is compared here, as text. So no trick on itself, its harness or its pipes earns more than a right answer.
 
 
 def program_rewards(programs: list[str], problems: list[dict], timeout: float = 4.0) -> list[float]:
@@ -255,19 +255,18 @@ def program_rewards(programs: list[str], problems: list[dict], timeout: float = 
 def run_programs(programs, problems, timeout=4.0) -> list[tuple[str, int, int]]:
     """Per program (status, tests passed, tests); a right one has status "ran" and passed all its tests.
 
-    programs: sources.  problems: each one's, {input_output: …} as in APPS (SPEC 9).  timeout: seconds per test,
-    wall clock.  Status is ran, compile error, runtime error or time-out; the first test to meet one of the last
-    three is the program's last.  Raises ValueError if a problem has no tests.
+    programs: sources.  problems: each one's {input_output: …}, as in APPS (SPEC 9).  timeout: seconds a test.
+    Status is ran, compile error, runtime error or time-out; the first test to meet one of the last three is the
+    program's last.  Raises ValueError if a problem has no tests.
     """
 
     def judge(program, function, tests):
         passed = 0
         for given, expected in tests:
             job = {"program": program, "function": function, "input": given, "timeout": timeout}
-            status, answer = _server.run(job)
-            if status != "ran":
-                return status, passed, len(tests)
-            passed += _is_right(answer, expected, function)
+            if (reply := _server.run(job))[0] != "ran":
+                return reply[0], passed, len(tests)
+            passed += _is_right(reply[1], expected, function)
         return "ran", passed, len(tests)
 
     jobs = [(program, *_unit_tests(problem)) for program, problem in zip(programs, problems, strict=True)]
@@ -350,15 +349,15 @@ class _Sandbox:
     limits = (("AS", 1 << 29), ("FSIZE", 1 << 24), ("NOFILE", 32), ("NPROC", 8), ("CORE", 0))
     disk, most, compile_error = 1 << 26, 1 << 23, 200  # the last is an exit status
     # What the judges of call-based problems import, so that programs take it for granted.
-    prelude = """import bisect, collections, copy, datetime, fractions, functools, heapq, itertools, math
-import queue, random, re, statistics, string, sys; from math import ceil, floor, gcd, inf, sqrt
-from typing import *; from collections import *; from functools import *; from heapq import *; from itertools import *"""
+    prelude = """import bisect, collections, copy, functools, heapq, itertools, math, queue, random, re, string
+import datetime, fractions, sys; from math import ceil, floor, gcd, inf, sqrt; from typing import *
+from collections import *; from functools import *; from heapq import *; from itertools import *"""
 
     def serve(self):
         """A server's life: enter the sandbox, say what it lacks, fork a keeper per job; see no job itself."""
         exec(self.prelude, {})  # imported once, here
-        self.linux, self.null = sys.platform == "linux", os.open(os.devnull, os.O_RDWR)
-        self.root, self.user = False, os.getuid()
+        self.linux, self.root, self.user = sys.platform == "linux", False, os.getuid()
+        self.null = os.open(os.devnull, os.O_RDWR)
         with contextlib.suppress(OSError):
             os.seteuid(0x70000000 + os.getpid()), os.seteuid(0)
             self.root, self.user = True, 0x70000000 + os.getpid()  # to whom no file or other process belongs
