@@ -241,7 +241,7 @@ def report(result):
 
 # Appendix
 # Unit tests as a reward (SPEC 7): running programs that a model wrote, maybe hostile ones. Bare Pythons, the
-# servers, fork a keeper per test, and that the sandboxed process. It never sees the expected output: its answer
+# servers, fork a keeper per test, and that the sandboxed process. It never sees expected outputs: its answer
 # is compared here, as text. So no trick on itself, its harness or its pipes earns more than a right answer.
 
 
@@ -256,7 +256,7 @@ def run_programs(programs, problems, timeout=4.0) -> list[tuple[str, int, int]]:
     """Per program (status, tests passed, tests); a right one has status "ran" and passed all its tests.
 
     programs: sources.  problems: each one's {input_output: …}, as in APPS (SPEC 9).  timeout: seconds a test.
-    Status is ran, compile error, runtime error or time-out; the first test to meet one of the last three is the
+    Status is ran, compile error, runtime error or time-out; the first test to meet one of the last three is a
     program's last.  Raises ValueError if a problem has no tests.
     """
 
@@ -349,8 +349,8 @@ class _Sandbox:
     limits = (("AS", 1 << 29), ("FSIZE", 1 << 24), ("NOFILE", 32), ("NPROC", 8), ("CORE", 0))
     disk, most, compile_error = 1 << 26, 1 << 23, 200  # the last is an exit status
     # What the judges of call-based problems import, so that programs take it for granted.
-    prelude = """import bisect, collections, copy, functools, heapq, itertools, math, queue, random, re, string
-import datetime, fractions, sys; from math import ceil, floor, gcd, inf, sqrt; from typing import *
+    prelude = """import bisect, collections, copy, functools, heapq, itertools, math, queue, random, re
+import datetime, fractions, string, sys; from math import ceil, floor, gcd, inf, sqrt; from typing import *
 from collections import *; from functools import *; from heapq import *; from itertools import *"""
 
     def serve(self):

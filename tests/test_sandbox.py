@@ -49,7 +49,14 @@ def one(program, problem, timeout=TIMEOUT):
 
 def test_rewards_are_the_papers_formula_worked_by_hand():
     partly = "def f(x): return x * x if x < limit else 0\nlimit = "
-    programs = [RIGHT, partly + "6", partly + "4", partly + "0", "def f(x): return 1 / 0", "def f(x) return x"]
+    programs = [
+        RIGHT,
+        partly + "6",
+        partly + "4",
+        partly + "0",
+        "def f(x): return 1 / 0",
+        "def f(x) return x",
+    ]
     wanted = [1.0, -0.3 + 1.3 * 2 / 3, -0.3 + 1.3 / 3, -0.3, -0.6, -1.0]
     assert program_rewards(programs, [SQUARE] * 6, TIMEOUT) == pytest.approx(wanted, abs=1e-12)
 
@@ -212,7 +219,7 @@ WRONG = {  # they run, and pass no test
     "bytes": "def f(x): return b'9'",
     "everything": "def f(x): return [n for n in range(100)]",
     "complex": "def f(x): return 9 + 0j",
-    "forged on every descriptor": "import os\ndef f(x):\n    for n in range(256):\n        try: os.write(n, b'[\"ran\", \"9\"]\\n')\n"
+    "forged on every descriptor": 'import os\ndef f(x):\n    for n in range(256):\n        try: os.write(n, b\'["ran", "9"]\\n\')\n'
     "        except OSError: pass\n    return 0",
 }
 BROKEN = {  # compile errors
@@ -225,7 +232,10 @@ BROKEN = {  # compile errors
     "nested blocks": "\n".join("  " * n + "if x:" for n in range(200)),
     "prose": "Sure! Here is the program that you asked for.",
 }
-BOMBS = {"power of powers": "x = 9 ** 9 ** 9\ndef f(x): return x * x", "shift": "x = 1 << (1 << 40)\ndef f(x): return 9"}
+BOMBS = {
+    "power of powers": "x = 9 ** 9 ** 9\ndef f(x): return x * x",
+    "shift": "x = 1 << (1 << 40)\ndef f(x): return 9",
+}
 
 # Tricks to get at the secret, the test's expected output. They print all that they can read.
 SEARCH = """
@@ -308,7 +318,13 @@ def world(tmp_path_factory):
     udp.bind(("127.0.0.1", 0))
     if sys.platform == "linux":
         abstract.bind("\0" + SECRET), abstract.listen()
-    facts = {"file": str(file), "folder": str(folder), "victim": victim.pid, "us": os.getpid(), "euid": os.geteuid()}
+    facts = {
+        "file": str(file),
+        "folder": str(folder),
+        "victim": victim.pid,
+        "us": os.getpid(),
+        "euid": os.geteuid(),
+    }
     facts |= {"port": tcp.getsockname()[1], "udp": udp.getsockname()[1], "unix": SECRET, "place": PLACE}
 
     def fill(text):
@@ -316,16 +332,23 @@ def world(tmp_path_factory):
             text = text.replace(f"{{{name}!r}}", repr(value)).replace(f"{{{name}}}", str(value))
         return text
 
-    cases = {name: (program, SQUARE) for part in (NAUGHTY, WRONG, BROKEN, BOMBS) for name, program in part.items()}
+    cases = {
+        name: (program, SQUARE) for part in (NAUGHTY, WRONG, BROKEN, BOMBS) for name, program in part.items()
+    }
     secret = stdio(("", SECRET))
     cases |= {name: (SEARCH.replace("{}", fill(text)), secret) for name, text in STEAL.items()}
-    cases |= {name: (HEAD + fill(text) + "\n" + "print(2 * int(input()))", DOUBLE) for name, text in ATTACK.items()}
+    cases |= {
+        name: (HEAD + fill(text) + "\n" + "print(2 * int(input()))", DOUBLE) for name, text in ATTACK.items()
+    }
     before, programs, problems = snapshot(folder), [], []
     for program, problem in cases.values():
         programs += [program, RIGHT]
         problems += [problem, SQUARE]
     results = run_programs(programs, problems, TIMEOUT)
-    seen = {"results": dict(zip(cases, results[::2], strict=True)), "next": dict(zip(cases, results[1::2], strict=True))}
+    seen = {
+        "results": dict(zip(cases, results[::2], strict=True)),
+        "next": dict(zip(cases, results[1::2], strict=True)),
+    }
     seen |= {"unchanged": snapshot(folder) == before, "victim": victim.poll() is None and state(victim.pid)}
     for name, server in (("tcp", tcp), ("udp", udp), ("unix", abstract)):
         server.settimeout(0)
@@ -380,7 +403,9 @@ def test_source_that_takes_forever_or_all_memory_is_ended(world, name):
 def test_the_expected_output_cannot_be_stolen(world, name):
     status, passed, _ = world["results"][name]
     assert passed == 0
-    assert status == "ran" or name == "memory of the keeper", "the program itself is at fault: it proves nothing"
+    assert status == "ran" or name == "memory of the keeper", (
+        "the program itself is at fault: it proves nothing"
+    )
 
 
 @pytest.mark.parametrize("name", ATTACK)
@@ -416,7 +441,7 @@ def leftovers():
             if b"_Sandbox().serve()" in (path / "cmdline").read_bytes() and state(pid) != "Z":
                 session = os.getsid(pid)
                 server = Path(f"/proc/{session}/cmdline")
-                if not server.exists() or session != pid and parent(pid) != session:
+                if not server.exists() or (session != pid and parent(pid) != session):
                     found.append(pid)
     return found
 
@@ -429,7 +454,9 @@ def parent(pid):
 
 
 def test_a_server_that_dies_is_replaced():
-    pids = {reward._threads(os.getpid()).submit(lambda: reward._server.process.pid).result() for _ in range(1)}
+    pids = {
+        reward._threads(os.getpid()).submit(lambda: reward._server.process.pid).result() for _ in range(1)
+    }
     for pid in pids:
         os.killpg(pid, 9)
     time.sleep(0.1)
@@ -454,14 +481,24 @@ def test_processes_and_folders_end_with_the_interpreter(tmp_path):
 
 def test_without_namespaces_and_landlock_it_warns_once_and_still_ends_programs(monkeypatch, capfd):
     source = inspect.getsource(reward._Sandbox)
-    bare = source.replace("self.linux and self.enter_namespaces()", "False").replace("self.landlock = self.linux and", "self.landlock = 0 and")
+    bare = source.replace("self.linux and self.enter_namespaces()", "False").replace(
+        "self.landlock = self.linux and", "self.landlock = 0 and"
+    )
     assert bare.count("\n") == source.count("\n") and bare != source
     monkeypatch.setattr(reward.inspect, "getsource", lambda part: bare)
     monkeypatch.setattr(reward, "_server", reward._Server())
     reward._print_once.cache_clear()
-    names = ["infinite loop", "fork bomb", "os._exit before the tests", "daemon that keeps the pipe", "1 GB file"]
+    names = [
+        "infinite loop",
+        "fork bomb",
+        "os._exit before the tests",
+        "daemon that keeps the pipe",
+        "1 GB file",
+    ]
     programs = [RIGHT, RIGHT_SCRIPT, *[NAUGHTY[name] for name in names], WRONG["always equal"], RIGHT]
-    programs += ["import os, time\n" + ATTACK["leaves a daemon"] + "\n" + RIGHT_SCRIPT, RIGHT]
+    # Without namespaces, the limit on processes counts all of a user's: only root's substitute can fork.
+    daemon = "import os, time\n" + ATTACK["leaves a daemon"] + "\n" if os.geteuid() == 0 else ""
+    programs += [daemon + RIGHT_SCRIPT, RIGHT]
     problems = [SQUARE, DOUBLE, *[SQUARE] * (len(names) + 2), DOUBLE, SQUARE]
     rewards = program_rewards(programs, problems, TIMEOUT)
     assert rewards == [1.0, 1.0, *[-0.6] * len(names), -0.3, 1.0, 1.0, 1.0]
