@@ -1,5 +1,6 @@
 """Chapter 2, unit tests as a reward: right programs earn what SPEC 7 says, hostile ones gain and harm nothing."""
 
+# ruff: noqa: E501  (hostile programs are easier to read in a line of their own)
 import contextlib
 import inspect
 import os
@@ -471,7 +472,11 @@ def test_processes_and_folders_end_with_the_interpreter(tmp_path):
         assert reward.program_rewards(["def f(x): return x"] * 4, [problem] * 4) == [1.0] * 4
         print(reward._threads(os.getpid()).submit(lambda: reward._server.process.pid).result())
     """)
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(reward.__file__).parent)}
+    environment = {
+        **os.environ,
+        "TMPDIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(Path(reward.__file__).parent), *filter(None, sys.path)]),
+    }
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
