@@ -15,9 +15,24 @@ average: "better than the human answer" becomes "above zero", and runs can be co
     torchrun --nproc_per_node=2 reward.py
 """
 
+import atexit
+import contextlib
+import ctypes
+import functools
+import inspect
+import json
 import math
+import os
 import random
+import resource
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -233,6 +248,255 @@ def report(result):
 
 
 # Appendix
+# Unit tests as a reward (SPEC 7): running programs that a model wrote, maybe hostile ones. Bare Pythons, the
+# servers, fork a keeper per test, and that the sandboxed process. It never sees expected outputs: its answer
+# is compared here, as text. So no trick on itself, its harness or its pipes earns more than a right answer.
+
+
+def program_rewards(programs: list[str], problems: list[dict], timeout: float = 4.0) -> list[float]:
+    """SPEC 7's reward of each program on its problem's unit tests; arguments as in `run_programs`."""
+    failures = {"compile error": -1.0, "runtime error": -0.6, "time-out": -0.6}
+    results = run_programs(programs, problems, timeout)
+    return [failures.get(status, -0.3 + 1.3 * passed / total) for status, passed, total in results]
+
+
+def run_programs(programs, problems, timeout=4.0) -> list[tuple[str, int, int]]:
+    """Per program (status, tests passed, tests); a right one has status "ran" and passed all its tests.
+
+    programs: sources.  problems: each one's {input_output: …}, as in APPS (SPEC 9).  timeout: seconds a test.
+    Status is ran, compile error, runtime error or time-out; the first test to meet one of the last three is a
+    program's last.  Raises ValueError if a problem has no tests.
+    """
+
+    def judge(program, function, tests):
+        passed = 0
+        for given, expected in tests:
+            job = {"program": program, "function": function, "input": given, "timeout": timeout}
+            if (reply := _server.run(job))[0] != "ran":
+                return reply[0], passed, len(tests)
+            passed += _is_right(reply[1], expected, function)
+        return "ran", passed, len(tests)
+
+    jobs = [(program, *_unit_tests(problem)) for program, problem in zip(programs, problems, strict=True)]
+    return list(_threads(os.getpid()).map(lambda job: judge(*job), jobs))
+
+
+def _unit_tests(problem):
+    """A problem's function name, None for standard input and output; its (input, expected output) pairs."""
+    given = problem["input_output"]
+    given = json.loads(given if isinstance(given, str) else json.dumps(given))
+    inputs, outputs, function = given["inputs"], given["outputs"], given.get("fn_name")
+    if not inputs or len(inputs) != len(outputs):
+        raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs are no unit tests")
+    if not function:
+        sides = inputs, outputs
+        inputs, outputs = (["\n".join([x] if isinstance(x, str) else x) for x in y] for y in sides)
+    return function or None, list(zip(inputs, outputs, strict=True))
+
+
+def _is_right(answer, expected, function):
+    """Whether a program's answer, a text, is the expected one, which APPS may have wrapped in a list."""
+    if not function:
+        given, wanted = ([line.rstrip() for line in x.rstrip().split("\n")] for x in (answer, expected))
+        return given == wanted
+    try:
+        return (value := json.loads(answer)) == expected or [value] == expected
+    except (ValueError, RecursionError):  # not plain data; a number of over 4,300 digits; too deep
+        return False
+
+
+@functools.cache
+def _threads(process):
+    """The threads of this process, whose id is `process`: one per core, shared among a machine's ranks."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ThreadPoolExecutor(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+class _Server(threading.local):
+    """The server process of each thread; a new one where the last has died."""
+
+    process = None
+
+    def run(self, job):
+        """Run one job -> [status, answer]; a server that dies or hangs is the program's runtime error."""
+        self.process = self.process or self.start()
+        watchdog = threading.Timer(job["timeout"] + 10, os.killpg, (self.process.pid, 9))
+        watchdog.start()
+        try:
+            print(json.dumps(job), file=self.process.stdin, flush=True)
+            return json.loads(self.process.stdout.readline())
+        except (OSError, ValueError):
+            os.killpg(self.process.pid, 9)
+            self.process = self.process.communicate() and None
+            return ["runtime error", ""]
+        finally:
+            watchdog.cancel()
+
+    def start(self):
+        """Start a process that sees only Python's standard library, and warn of what its sandbox lacks."""
+        source = "import atexit, contextlib, ctypes, json, os, random, resource, select, shutil, sys, time\n"
+        source += "import tempfile, threading\nfrom pathlib import Path\n" + inspect.getsource(_Sandbox)
+        command = [sys.executable, "-P", "-s", "-S", "-c", source + "_Sandbox().serve()"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+        process = subprocess.Popen(command, env={"PYTHONHASHSEED": "0"}, **pipes)  # sets in the same order
+        atexit.register(lambda: process.stdin.close() or process.wait())
+        if not (greeting := process.stdout.readline()):
+            raise RuntimeError(f"{sys.executable} started no server for programs; its error stands above")
+        if greeting.strip():
+            _print_once(f"programs run without {greeting.strip()} here: see README.md", file=sys.stderr)
+        return process
+
+
+_server, _print_once = _Server(), functools.cache(print)
+
+
+class _Sandbox:
+    """The servers' source, run in processes of its own. Its state is what the system offers."""
+
+    # Per process: bytes of memory and of a file, open files; processes at a time. Bytes of folder and answer.
+    limits = (("AS", 1 << 29), ("FSIZE", 1 << 24), ("NOFILE", 32), ("NPROC", 8), ("CORE", 0))
+    disk, most, compile_error = 1 << 26, 1 << 23, 200  # the last is an exit status
+    # What the judges of call-based problems import, so that programs take it for granted.
+    prelude = """import bisect, collections, copy, functools, heapq, itertools, math, queue, random, re
+import datetime, fractions, string, sys; from math import ceil, floor, gcd, inf, sqrt; from typing import *
+from collections import *; from functools import *; from heapq import *; from itertools import *"""
+
+    def serve(self):
+        """A server's life: enter the sandbox, say what it lacks, fork a keeper per job; see no job itself."""
+        exec(self.prelude, {})  # imported once, here
+        self.linux, self.root, self.user = sys.platform == "linux", False, os.getuid()
+        self.null = os.open(os.devnull, os.O_RDWR)
+        with contextlib.suppress(OSError):
+            os.seteuid(0x70000000 + os.getpid()), os.seteuid(0)
+            self.root, self.user = True, 0x70000000 + os.getpid()  # to whom no file or other process belongs
+        libraries = {os.path.dirname(os.__file__), sys.base_prefix + "/lib", "/usr/lib", "/usr/lib64"}
+        self.libraries = sorted(filter(os.path.isdir, libraries | {"/lib", "/lib64"}))
+        self.namespaces = self.linux and self.enter_namespaces()
+        self.landlock = self.linux and max(0, ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1))
+        print(" and ".join(x for x in ("namespaces", "landlock") if not getattr(self, x)), flush=True)
+        while os.waitpid(os.fork() or self.keep(), 0)[1] == 0:
+            pass  # until a keeper finds no more jobs
+
+    def system(self, name, *arguments):
+        """Call a function of Linux's C library; OSError if it fails, nothing on other systems."""
+        function = getattr(ctypes.CDLL(None, use_errno=True), name) if self.linux else lambda *ignored: 0
+        if (result := function(*(x.encode() if isinstance(x, str) else x for x in arguments))) < 0:
+            raise OSError(ctypes.get_errno(), f"{name} failed")
+        return result
+
+    def enter_namespaces(self):
+        """Leave the network and, but for libraries, the file system; False where the system refuses."""
+        group, bind, read_only = os.getgid(), 0x1000 | 0x4000, 0x1 | 0x2 | 0x4 | 0x20 | 0x1000
+        try:
+            if not self.root:  # only in a user namespace of our own may we make the others
+                self.system("unshare", 0x10000000)
+                Path("/proc/self/setgroups").write_text("deny")
+                Path("/proc/self/uid_map").write_text(f"{self.user} {self.user} 1")
+                Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
+            self.system("unshare", 0x20000 | 0x40000000)  # mounts, network
+            self.system("mount", "none", "/", "", 0x4000 | 0x40000, "")  # from here on, mounts are private
+            self.system("mount", "tmpfs", "/proc", "tmpfs", 0, "mode=755")  # on a folder that always exists
+            for path in self.libraries:
+                os.makedirs("/proc" + path, exist_ok=True)
+                self.system("mount", path, "/proc" + path, "", bind, "")
+                self.system("mount", "none", "/proc" + path, "", read_only, "")
+            os.mkdir("/proc/work")
+            self.system("mount", "none", "/proc", "", read_only, "")
+            os.chroot("/proc"), os.chdir("/")
+            return True
+        except OSError:
+            return False
+
+    def keep(self):
+        """A keeper's life: read one job, run it in the sandbox, kill what is left, reply."""
+        job = json.loads(sys.stdin.readline() or os._exit(1))
+        folder = "/work" if self.namespaces else tempfile.mkdtemp()
+        if self.namespaces:  # new ones: a program dies with all that it started, and so does its folder
+            options = f"mode=700,uid={self.user},nr_inodes=1000,size={self.disk}"
+            self.system("unshare", 0x20000 | 0x08000000 | 0x20000000)  # mounts, IPC, processes
+            self.system("mount", "tmpfs", folder, "tmpfs", 0x2 | 0x4 | 0x8, options)  # nothing to execute
+        os.chown(folder, self.user, -1)
+        self.system("prctl", 36, 1), self.system("prctl", 4, 0)  # adopt orphans, to kill them; be private
+        given = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        given.write(b"" if job["function"] else job["input"].encode(errors="replace")), given.seek(0)
+        (pipe, answer), deadline = os.pipe(), time.monotonic() + job["timeout"]
+        if (program := os.fork()) == 0:
+            self.confine(job, folder, given.fileno(), answer)
+            self.run(job)
+        os.close(answer)
+        said = chunk = b"?"  # until the program has ended, says too much, or is late
+        while chunk and len(said) < self.most and (left := deadline - time.monotonic()) > 0:
+            chunk = os.read(pipe, 1 << 16) if select.select([pipe], [], [], left)[0] else b""
+            said += chunk
+        late, unsaid = time.monotonic() >= deadline, job["function"] and len(said) == 1
+        code = self.kill(program) or unsaid  # no result: os._exit(0) before the function has returned
+        failure = "time-out" if late else "compile error" if code == self.compile_error else "runtime error"
+        if not self.namespaces:
+            shutil.rmtree(folder, ignore_errors=True)
+        print(json.dumps([failure if late or code else "ran", said[1:].decode(errors="replace")]), flush=True)
+        os._exit(0)
+
+    def kill(self, program):
+        """Kill a program, its process group and, without namespaces, adopted orphans -> its exit status."""
+        adopted, code = Path(f"/proc/self/task/{os.getpid()}/children"), 0
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                for child in (-program, program, *(adopted.read_text().split() if adopted.exists() else ())):
+                    with contextlib.suppress(OSError):
+                        os.kill(int(child), 9)
+                ended, status = os.waitpid(-1, 0)
+                code = os.waitstatus_to_exitcode(status) if ended == program else code
+        return code
+
+    def confine(self, job, folder, given, answer):
+        """Before a program runs: a session of its own, only its own open files, limits, and no rights."""
+        for target, source in enumerate((given, self.null if job["function"] else answer, self.null, answer)):
+            os.dup2(source, target)
+        os.closerange(4, 256), os.setsid(), os.chdir(folder), os.umask(0o077)
+        for name, limit in (*self.limits, ("CPU", int(job["timeout"]) + 2)):
+            with contextlib.suppress(ValueError, OSError):  # macOS does not know all of them
+                resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
+        self.system("prctl", 38, 1, 0, 0, 0)  # no new privileges
+        if self.landlock:  # read libraries, write to `folder`; no other files, no TCP, no signals to others
+            every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(self.landlock, 16)) - 1  # kinds that it knows of
+            handled = (ctypes.c_uint64 * 3)(every, 3 * (self.landlock >= 4), 3 * (self.landlock >= 6))
+            rules = self.system("syscall", 444, handled, ctypes.c_size_t(24), 0)
+            for path in (*self.libraries, folder):
+                place = os.open(path, os.O_PATH)
+                allowed = every - 1 if path == folder else 4 | 8  # all but execute; read files, list folders
+                rule = (ctypes.c_uint64 * 2)(allowed, place)
+                self.system("syscall", 445, rules, 1, rule, 0), os.close(place)
+            self.system("syscall", 446, rules, 0), os.close(rules)
+        if self.root:
+            os.setgroups([]), os.setresgid(*[self.user] * 3), os.setresuid(*[self.user] * 3)
+        self.system("capset", (ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)())  # no capabilities
+        self.system("prctl", 1, 9)  # die with the keeper
+
+    def run(self, job):
+        """Run a program on one input: as a script, or to call its function and write down its value."""
+        random.seed(0), sys.set_int_max_str_digits(0)  # reproducible; as in the Python of APPS' days
+        text = {"encoding": "utf-8", "errors": "replace", "closefd": False}
+        sys.stdin = sys.__stdin__ = os.fdopen(0, **text)
+        sys.stdout = sys.__stdout__ = os.fdopen(1, "w", **text)
+        names = {"__name__": "program" if job["function"] else "__main__", "exit": sys.exit, "quit": sys.exit}
+        try:
+            code = compile(job["program"], "program", "exec", dont_inherit=True)
+        except BaseException:
+            os._exit(self.compile_error)
+        if not job["function"]:
+            exec(code, names)
+            threading._shutdown(), atexit._run_exitfuncs(), names.clear()  # await threads, close files
+            sys.stdout.flush(), sys.__stdout__.flush()
+            os._exit(0)  # taking the interpreter apart would take longer than all of the above
+        exec(self.prelude, names)
+        exec(code, names)
+        function = names.get(job["function"]) or getattr(names["Solution"](), job["function"])
+        value, answer = function(*job["input"]), "not plain data"
+        with contextlib.suppress(Exception):  # a set, a generator, an object; too deep, or circular
+            answer = json.dumps(value)
+        os.write(3, answer.encode()), os._exit(0)
+
+
 # The toy's preferences: two summaries of one post, and which of them a noisy judge of true quality prefers.
 
 # What a sentence of a summary is worth. Coverage weighs more than correctness: comparing a value with the
