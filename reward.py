@@ -248,6 +248,93 @@ def report(result):
 
 
 # Appendix
+# The toy's preferences: two summaries of one post, and which of them a noisy judge of true quality prefers.
+
+# What a sentence of a summary is worth. Coverage weighs more than correctness: comparing a value with the
+# post's takes a deeper model than the toy's, and what the RM cannot see it cannot teach.
+TOY_GOLD = {"true": 1.0, "wrong": -0.25, "repeated": -0.25, "filler": -1.0, "broken": -1.0}
+
+
+def gold_score(prompt, response):
+    """True quality of a toy summary: each sentence's worth from TOY_GOLD, summed.
+
+    A sentence is `broken` if it is none of the toy's sentences or lacks its full stop, and `repeated` if its
+    fact has been stated before, rightly or wrongly.
+
+    >>> facts = "it got foggy as soon as we arrived. last july i had some free days."
+    >>> post = f"POST Subreddit: r/travel {facts} TL;DR:"
+    >>> gold_score(post, " the weather was mostly foggy for us. it was the middle of may back then.")
+    0.75
+    >>> gold_score(post, " the weather was mostly foggy for us. the weather was mostly foggy for us. it")
+    -0.25
+    """
+    post = prompt.removeprefix("POST Subreddit: r/travel").removesuffix("TL;DR:")
+    truth = dict(sft.toy_sentences().get(sentence.strip(), (None, None)) for sentence in post.split("."))
+    *sentences, rest = response.split(".")
+    score, stated = (TOY_GOLD["broken"] if rest.strip() else 0.0), set()
+    for sentence in sentences:
+        slot, value = sft.toy_sentences().get(sentence.strip(), ("broken", None))
+        if slot in ("broken", None):
+            kind = slot or "filler"
+        elif slot in stated:
+            kind = "repeated"
+        else:
+            kind = "true" if truth.get(slot) == value else "wrong"
+        score += TOY_GOLD[kind]
+        stated.add(slot)
+    return score
+
+
+def toy_edit(rng, sentences):
+    """A copy of a summary, one sentence dropped, replaced by another or a filler, broken or falsified."""
+    edited, place = list(sentences), rng.randrange(len(sentences))
+    kind = rng.choices(("drop", "repeat", "filler", "break", "falsify"), weights=(4, 4, 4, 2, 1))[0]
+    slot, value = sft.toy_sentences().get(edited[place], (None, None))
+    if kind == "repeat" and len(edited) > 1:
+        edited[place] = rng.choice(edited[:place] + edited[place + 1 :])
+    elif kind == "filler":
+        edited[place] = rng.choice(sft.TOY_FILLERS)
+    elif kind == "break":
+        words = edited[place].split()
+        edited[place] = " ".join(words[: rng.randint(1, max(1, len(words) - 1))])
+    elif kind == "falsify" and slot:
+        values, wording, *_ = sft.TOY_FACTS[slot]
+        edited[place] = wording.format(rng.choice([v for v in values.split() if v != value]))
+    elif len(edited) > 1:
+        del edited[place]
+    return edited
+
+
+def toy_pair(row):
+    """The preference pair about a toy post: {prompt, chosen, rejected}.
+
+    Half the pairs are two independent summaries, half differ by one or two edits; the better one is chosen
+    with Bradley-Terry probability sigmoid(3 x margin).
+    """
+    rng = random.Random(f"{sft.SPLIT_SEED} pair {row['number']}")
+    facts = dict(
+        map(sft.toy_sentences().get, map(str.strip, row["prompt"].split(" r/travel ")[1].split(".")[:-1]))
+    )
+    first = _any_summary(rng, facts)
+    second = _any_summary(rng, facts) if rng.random() < 0.5 else toy_edit(rng, first)
+    if rng.random() < 0.25:
+        second = toy_edit(rng, second)
+    first, second = sft.toy_text(first), sft.toy_text(second)
+    margin = gold_score(row["prompt"], first) - gold_score(row["prompt"], second)
+    if rng.random() >= 1 / (1 + math.exp(-3 * margin)):
+        first, second = second, first
+    return {"prompt": row["prompt"], "chosen": first, "rejected": second}
+
+
+def _any_summary(rng, facts):
+    """A summary of any quality, which may repeat itself until it is full.
+
+    Length must not betray coverage: or else the RM learns that longer is better, and the policy to repeat.
+    """
+    share, wrong = rng.uniform(0.1, 1.0), rng.uniform(0.0, 0.2)
+    return sft.toy_summary(rng, facts, share, wrong, rng.randint(0, 4), sft.TOY_LONGEST)
+
+
 # Unit tests as a reward (SPEC 7): running programs that a model wrote, maybe hostile ones. Bare Pythons, the
 # servers, fork a keeper per test, and that the sandboxed process. It never sees expected outputs: its answer
 # is compared here, as text. So no trick on itself, its harness or its pipes earns more than a right answer.
@@ -495,93 +582,6 @@ from collections import *; from functools import *; from heapq import *; from it
         with contextlib.suppress(Exception):  # a set, a generator, an object; too deep, or circular
             answer = json.dumps(value)
         os.write(3, answer.encode()), os._exit(0)
-
-
-# The toy's preferences: two summaries of one post, and which of them a noisy judge of true quality prefers.
-
-# What a sentence of a summary is worth. Coverage weighs more than correctness: comparing a value with the
-# post's takes a deeper model than the toy's, and what the RM cannot see it cannot teach.
-TOY_GOLD = {"true": 1.0, "wrong": -0.25, "repeated": -0.25, "filler": -1.0, "broken": -1.0}
-
-
-def gold_score(prompt, response):
-    """True quality of a toy summary: each sentence's worth from TOY_GOLD, summed.
-
-    A sentence is `broken` if it is none of the toy's sentences or lacks its full stop, and `repeated` if its
-    fact has been stated before, rightly or wrongly.
-
-    >>> facts = "it got foggy as soon as we arrived. last july i had some free days."
-    >>> post = f"POST Subreddit: r/travel {facts} TL;DR:"
-    >>> gold_score(post, " the weather was mostly foggy for us. it was the middle of may back then.")
-    0.75
-    >>> gold_score(post, " the weather was mostly foggy for us. the weather was mostly foggy for us. it")
-    -0.25
-    """
-    post = prompt.removeprefix("POST Subreddit: r/travel").removesuffix("TL;DR:")
-    truth = dict(sft.toy_sentences().get(sentence.strip(), (None, None)) for sentence in post.split("."))
-    *sentences, rest = response.split(".")
-    score, stated = (TOY_GOLD["broken"] if rest.strip() else 0.0), set()
-    for sentence in sentences:
-        slot, value = sft.toy_sentences().get(sentence.strip(), ("broken", None))
-        if slot in ("broken", None):
-            kind = slot or "filler"
-        elif slot in stated:
-            kind = "repeated"
-        else:
-            kind = "true" if truth.get(slot) == value else "wrong"
-        score += TOY_GOLD[kind]
-        stated.add(slot)
-    return score
-
-
-def toy_edit(rng, sentences):
-    """A copy of a summary, one sentence dropped, replaced by another or a filler, broken or falsified."""
-    edited, place = list(sentences), rng.randrange(len(sentences))
-    kind = rng.choices(("drop", "repeat", "filler", "break", "falsify"), weights=(4, 4, 4, 2, 1))[0]
-    slot, value = sft.toy_sentences().get(edited[place], (None, None))
-    if kind == "repeat" and len(edited) > 1:
-        edited[place] = rng.choice(edited[:place] + edited[place + 1 :])
-    elif kind == "filler":
-        edited[place] = rng.choice(sft.TOY_FILLERS)
-    elif kind == "break":
-        words = edited[place].split()
-        edited[place] = " ".join(words[: rng.randint(1, max(1, len(words) - 1))])
-    elif kind == "falsify" and slot:
-        values, wording, *_ = sft.TOY_FACTS[slot]
-        edited[place] = wording.format(rng.choice([v for v in values.split() if v != value]))
-    elif len(edited) > 1:
-        del edited[place]
-    return edited
-
-
-def toy_pair(row):
-    """The preference pair about a toy post: {prompt, chosen, rejected}.
-
-    Half the pairs are two independent summaries, half differ by one or two edits; the better one is chosen
-    with Bradley-Terry probability sigmoid(3 x margin).
-    """
-    rng = random.Random(f"{sft.SPLIT_SEED} pair {row['number']}")
-    facts = dict(
-        map(sft.toy_sentences().get, map(str.strip, row["prompt"].split(" r/travel ")[1].split(".")[:-1]))
-    )
-    first = _any_summary(rng, facts)
-    second = _any_summary(rng, facts) if rng.random() < 0.5 else toy_edit(rng, first)
-    if rng.random() < 0.25:
-        second = toy_edit(rng, second)
-    first, second = sft.toy_text(first), sft.toy_text(second)
-    margin = gold_score(row["prompt"], first) - gold_score(row["prompt"], second)
-    if rng.random() >= 1 / (1 + math.exp(-3 * margin)):
-        first, second = second, first
-    return {"prompt": row["prompt"], "chosen": first, "rejected": second}
-
-
-def _any_summary(rng, facts):
-    """A summary of any quality, which may repeat itself until it is full.
-
-    Length must not betray coverage: or else the RM learns that longer is better, and the policy to repeat.
-    """
-    share, wrong = rng.uniform(0.1, 1.0), rng.uniform(0.0, 0.2)
-    return sft.toy_summary(rng, facts, share, wrong, rng.randint(0, 4), sft.TOY_LONGEST)
 
 
 if __name__ == "__main__":
