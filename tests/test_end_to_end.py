@@ -17,6 +17,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaModel,
 )
 
@@ -29,6 +30,7 @@ CHAPTERS = ["sft", "reward", "segment", "ma_ppo", "eval"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 KEYS = ["step", "rm_score", "gold_score", "kl", "response_length", "eos_rate", "entropy", "seconds"]
+KEYS += ["rm_score_std", "gold_score_std", "macro_actions", "macro_length", "parse_fallback"]
 KEYS += ["policy_loss", "value_loss", "clip_fraction", "ratio_first"]
 ARMS = ["token", "fixed", "random", "whole", "control"]
 SMALL = [
@@ -302,7 +304,7 @@ def test_one_command_on_a_file_of_preferences_builds_the_stages_and_two_processe
     for arm in ("token", "perplexity", "sentence", "word"):
         rows = metrics(folder / "one" / arm)
         assert all(row["gold_score"] is None for row in rows)
-        assert all(math.isfinite(row[key]) for row in rows for key in KEYS if key != "gold_score")
+        assert all(math.isfinite(row[key]) for row in rows for key in KEYS if not key.startswith("gold"))
 
     script = folder / "two_processes.py"
     script.write_text(
@@ -337,6 +339,12 @@ def test_finished_stages_are_used_again_and_those_of_other_data_refused(hh, quie
     ]
     quiet([*flags, *PPO_HH[-4:], "--data", data])
     assert capsys.readouterr().out.count("using ") == 2
+    monkeypatch.chdir(folder)  # another name of the same file
+    quiet([*flags, *PPO_HH[-4:], "--data", "./pairs.jsonl"])
+    assert capsys.readouterr().out.count("using ") == 2
+    os.utime(folder / "one" / "sft" / "run.json")  # touched: as if the SFT model had been made again
+    quiet([*flags, *PPO_HH[-4:], "--data", data])
+    assert "warning: " in capsys.readouterr().out
     other = write_hh(folder / "other.jsonl", 30)
     with pytest.raises(SystemExit) as stop:
         quiet([*flags, "--data", other])
@@ -395,7 +403,8 @@ def refuses(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sft, "update", lambda *arguments: pytest.fail("training began"))
 
     def run(chapter, *flags):
-        arguments = list(flags) if "--out" in flags else [*flags, "--out", str(tmp_path / "out")]
+        flags = list(map(str, flags))
+        arguments = flags if "--out" in flags else [*flags, "--out", str(tmp_path / "out")]
         with pytest.raises(SystemExit) as stop:
             chapter.main(arguments)
         assert stop.value.code == 2
@@ -420,6 +429,7 @@ def refuses(monkeypatch, capsys, tmp_path):
         ("--lr inf", "--lr"),
         (f"--seed {2**63}", "--seed"),
         ("--device meta:x", "--device"),
+        ("--device meta", "--device"),
         ("--max_response 0", "--max_response"),
         ("--device nonsense", "nonsense"),
         ("--nonsense 1", "--nonsense"),
@@ -447,6 +457,7 @@ def test_every_chapter_refuses_settings_that_cannot_work(refuses, chapter, flags
         ("--sigma nonsense", "nonsense"),
         ("--macro_reward nonsense", "nonsense"),
         ("--ratio nonsense", "nonsense"),
+        ("--parser nonsense", "nonsense"),
         ("--clip 0", "--clip"),
         ("--beta nan", "--beta"),
         ("--no_eos_score nan", "--no_eos_score"),
@@ -490,6 +501,66 @@ def test_the_trunk_of_a_reward_model_is_no_causal_lm(refuses, tmp_path):
     trunk = LlamaModel(LlamaConfig(vocab_size=5, hidden_size=8, num_attention_heads=2, num_hidden_layers=1))
     sft.save_run([reward.ScalarModel(trunk), tokenizer], tmp_path)
     assert "lm_head" in refuses(ma_ppo, "--sft", str(tmp_path), "--reward_model", str(tmp_path))
+
+
+def small_stage(folder, words=" a b", positions=2048):
+    """A causal LM, and an RM on its trunk, saved as the chapters save them; (SFT folder, RM folder)."""
+    tokenizer = sft.small_tokenizer("toy", [words])
+    size = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=positions, **size)
+    sft.save_run([LlamaForCausalLM(config), tokenizer], folder / "sft")
+    sft.save_run([reward.ScalarModel.load(folder / "sft"), tokenizer], folder / "reward")
+    return folder / "sft", folder / "reward"
+
+
+def test_a_reward_model_with_another_vocabulary_is_refused(refuses, tmp_path):
+    """It would score other words than were written; with fewer of them, end in an IndexError."""
+    policy, _ = small_stage(tmp_path / "one", " a b")
+    _, other = small_stage(tmp_path / "two", " a c")
+    assert str(other) in refuses(ma_ppo, "--sft", policy, "--reward_model", other)
+
+
+def test_prompts_and_responses_beyond_a_models_positions_are_refused(refuses, tmp_path):
+    policy, scores = small_stage(tmp_path / "short", positions=64)
+    assert "64 positions" in refuses(ma_ppo, "--sft", policy, "--reward_model", scores)
+    assert "64 positions" in refuses(sft, "--model", policy)
+
+
+def test_a_reward_model_cannot_start_from_a_tokenizer_without_pad(refuses, tmp_path):
+    policy, _ = small_stage(tmp_path)
+    path = policy / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"pad_token"', '"no_pad_token"'))
+    assert "PAD" in refuses(reward, "--sft", policy)
+
+
+def test_a_control_that_controls_nothing_is_refused(refuses):
+    assert "--gamma" in refuses(ma_ppo, "--gamma", "0.9", "--terminations", "fixed", "control")
+
+
+def test_a_diverged_run_stops_with_one_line(tmp_path, capsys):
+    """NaN logits have no place in the cumulative distribution: a run once ended in an IndexError."""
+    policy, scores = small_stage(tmp_path)
+    flags = ["--sft", policy, "--reward_model", scores, "--lr", "1e30", "--warmup", "0", "--batch_size", "4"]
+    flags += ["--max_prompt", "8", "--max_response", "8", "--steps", "9", "--out", tmp_path / "out"]
+    with pytest.raises(SystemExit) as stop:
+        ma_ppo.main([str(flag) for flag in flags])
+    assert stop.value.code == 2
+    assert "no longer finite: lower --lr" in capsys.readouterr().err
+
+
+def test_ranks_that_start_apart_are_made_one_model(tmp_path):
+    script = tmp_path / "broadcast.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch, sft\nsft.setup('cpu')\n"
+        "torch.manual_seed(sft.rank())\nmodel = torch.nn.Linear(3, 2)\nsft.broadcast_parameters(model)\n"
+        f"torch.save(model.state_dict(), {str(tmp_path)!r} + f'/rank{{sft.rank()}}.pt')\n"
+    )
+    succeeds(*TORCHRUN, script)
+    torch.manual_seed(0)
+    expected = torch.nn.Linear(3, 2).state_dict()
+    for number in (0, 1):
+        found = torch.load(tmp_path / f"rank{number}.pt", weights_only=True)
+        assert all(torch.equal(found[name], expected[name]) for name in expected), number
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -565,7 +636,11 @@ def test_help_of_every_chapter_prints_its_settings(chapter, monkeypatch, capsys)
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(chapter).main()
     assert stop.value.code == 0
-    assert "usage:" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "usage:" in printed
+    module = importlib.import_module(chapter)
+    for name in module.Config.__dataclass_fields__ if hasattr(module, "Config") else ():
+        assert f"--{name}" in printed, name
 
 
 def test_help_shows_the_defaults_of_the_task_that_was_named(capsys):

@@ -50,7 +50,7 @@ def stages(model, tmp_path):
 
 def settings(stages, **given):
     folders = {"sft": str(stages / "sft"), "reward_model": str(stages / "reward")}
-    given = {"batch_size": 8, "max_response": 10, "lr": 1e-3, "warmup": 0} | given
+    given = {"batch_size": 8, "max_prompt": 40, "max_response": 10, "lr": 1e-3, "warmup": 0} | given
     return ma_ppo.Config(task="hh", data=["-"], **folders, **given)
 
 
