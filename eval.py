@@ -253,7 +253,8 @@ def samples(run, cfg, model, temperature, count, args):
             kept[temperature, row["sample"], row["number"]] = row | {"drawn_with": stamp}
         if missing and sft.rank() == 0:
             sft.make_folder(path.parent)
-            path.write_text("".join(json.dumps(row) + "\n" for row in map(kept.get, sorted(kept, key=str))))
+            order = sorted(kept, key=lambda key: (str(key[0]), key[2], key[1]))
+            path.write_text("".join(json.dumps(kept[key]) + "\n" for key in order))
         sft.save_run([], path.parent)  # ends in a barrier: no rank may read the file before it is complete
     found = [row for (t, s, i), row in kept.items() if t == temperature and s < count and i < args.prompts]
     found.sort(key=lambda row: (row["number"], row["sample"]))

@@ -372,7 +372,7 @@ def test_every_number_of_the_report_comes_from_the_raw_files(toy, capsys):
     rows = {name: stored(toy / name) for name in ("token", "fixed")}
     for name in sections["score"][2:]:
         policy, temperature, count, *measures = name
-        arm = "token" if policy == "references" else policy.split("/")[1]
+        arm = "fixed" if policy == "references" else policy.split("/")[1]
         at = {"1": 1.0, "greedy": 0.0, "–": "references"}[temperature]
         mine = [row for row in rows[arm] if row["temperature"] == at and row["sample"] == 0]
         assert len(mine) == int(count) == 12
@@ -450,14 +450,9 @@ def test_samples_do_not_depend_on_batches_ranks_or_other_samples(toy, tmp_path, 
     if how == "micro batches":
         chapter5.main([*flags, "--micro_batch_size", "3"])
     elif how == "two processes":
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            "eval.py",
-        ]
+        # without "--" torchrun takes --run for an abbreviation of its own --run-path
+        torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 -- eval.py"
+        command = [sys.executable, *torchrun.split()]
         done = subprocess.run([*command, *flags, "--device", "cpu"], cwd=ROOT, capture_output=True, text=True,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
