@@ -165,8 +165,8 @@ def test_errors_name_what_is_missing(tmp_path, capsys):
 def duel_runs(tmp_path, count=6):
     """Two runs whose responses say how good they are."""
     rng = random.Random(0)
-    a, b = ([{"number": i, "prompt": f"p{i}", "response": f"{name} q{rng.random():.6f}"} for i in range(count)]
-            for name in "ab")  # fmt: skip
+    a, b = ([{"number": i, "prompt": f"p{i}", "response": f"{x} q{rng.random():.6f}"} for i in range(count)]
+            for x in "ab")  # fmt: skip
     for rows in (a, b):
         for row in rows:
             row["rm_score"] = row["gold_score"] = float(row["response"].split("q")[1])
@@ -274,7 +274,7 @@ def test_a_judge_that_dies_halfway_is_asked_only_the_rest(tmp_path, capsys, judg
 
 
 def type_into(command, answers, interrupt_after=None):
-    """Run a command on a terminal of its own, typing an answer at each prompt; returns (code, what it showed)."""
+    """Run a command on a terminal of its own, typing an answer at each prompt -> (code, what it showed)."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
@@ -361,6 +361,11 @@ def resampled(values):
     return sum(values) / len(values), means[50], means[1949]
 
 
+def smoothed(rows, key):
+    """Three steps: mean of all so far."""
+    return [sum(row[key] for row in rows[: i + 1]) / (i + 1) for i in range(3)]
+
+
 def as_cell(values):
     return "{:.2f} [{:.2f}, {:.2f}]".format(*resampled(values))
 
@@ -402,8 +407,8 @@ def test_every_number_of_the_report_comes_from_the_raw_files(toy, capsys):
                 ]
                 picks.append(sum(row[key] for row in best) / len(best))
             assert cell == as_cell(picks)
-    pairs = [[next(r for r in rows[arm] if (r["temperature"], r["number"], r["sample"]) == (1.0, i, 0)) for i in range(12)]
-             for arm in ("fixed", "token")]  # fmt: skip
+    key = (1.0, 0)
+    pairs = [[r for r in rows[arm] if (r["temperature"], r["sample"]) == key] for arm in ("fixed", "token")]
     for judge, count, unparsable, *shares, matched in sections["duel fixed"][2:4]:
         scores = [(x[f"{judge}_score"], y[f"{judge}_score"]) for x, y in zip(*pairs, strict=True)]
         lengths = [(len(x["response"]), len(y["response"])) for x, y in zip(*pairs, strict=True)]
@@ -418,16 +423,34 @@ def test_every_number_of_the_report_comes_from_the_raw_files(toy, capsys):
         assert (count, unparsable, matched) == ("12", "0", str(sum(close)))
     metrics = {a: [json.loads(x) for x in (toy / a / "metrics.jsonl").read_text().splitlines()] for a in rows}
     for arm, nats, rm_rate, rm_at, gold_rate, gold_at in sections["frontier"][2:]:
-        smooth = {
-            key: [sum(r[key] for r in metrics[arm][: i + 1]) / (i + 1) for i in range(3)]
-            for key in ("kl", "rm_score", "gold_score")
-        }
+        smooth = {key: smoothed(metrics[arm], key) for key in ("kl", "rm_score", "gold_score")}
         kl = smooth["kl"]
         assert nats == f"{kl[-1]:.2f}"
         for key, rate in (("rm_score", rm_rate), ("gold_score", gold_rate)):
             gain = smooth[key][-1] - smooth[key][0]
             assert rate == (f"{gain / kl[-1]:.2f}" if kl[-1] > 0 else "–")
-        assert math.isfinite(float(rm_at) + float(gold_at))
+        top = [max(kl[: i + 1]) for i in range(3)]
+        common = min(max(smoothed(metrics[a], "kl")) for a in metrics)
+        for key, cell in (("rm_score", rm_at), ("gold_score", gold_at)):
+            before = max(i for i in range(3) if top[i] <= common)
+            wanted = smooth[key][before]
+            if before < 2:
+                share = (common - top[before]) / (top[before + 1] - top[before])
+                wanted += share * (smooth[key][before + 1] - wanted)
+            assert cell == f"{wanted:.2f}"
+    for arm, *closing in sections["curves"][2:]:
+        ends = [smoothed(metrics[arm], key)[-1] for key in ("rm_score", "gold_score")]
+        assert closing[:2] == [f"{end:.2f}" for end in ends]
+        assert closing[3] == f"{smoothed(metrics[arm], 'kl')[-1]:.2f}"
+    *_, (names, count, equal, kappa) = sections["duel fixed"]
+    signs = [
+        [(x[k] > y[k]) - (x[k] < y[k]) for x, y in zip(*pairs, strict=True)]
+        for k in ("rm_score", "gold_score")
+    ]
+    same = sum(x == y for x, y in zip(*signs, strict=True)) / 12
+    chance = sum(signs[0].count(v) * signs[1].count(v) for v in (-1, 0, 1)) / 144
+    wanted = "–" if chance == 1 else f"{(same - chance) / (1 - chance):.2f}"
+    assert (names, count, equal, kappa) == ("rm, gold", "12", f"{same:.2f}", wanted)
     for png in ("curves", "frontier", "bestofn", "heatmap"):
         assert (toy / f"{png}.png").read_bytes().startswith(b"\x89PNG")
         assert f"({png}.png)" in text
