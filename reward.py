@@ -229,19 +229,26 @@ def center(model, rows, tokenizer, cfg, device):
     return float(model.head.bias)
 
 
-def interval(share, count):
-    """Wilson's 95 % interval of a share measured on `count` cases -> (low, high)."""
-    z = 1.96
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return middle - half, middle + half
+def exact_share(wins, count):
+    """wins / count and its Clopper-Pearson 95 % interval -> (share, low, high); (None,) where count is 0."""
+    edges, total = [], math.lgamma(count + 1)
+    ways = [total - math.lgamma(i + 1) - math.lgamma(count - i + 1) for i in range(count + 1)]  # logarithms
+    for k, level in ((wins, 0.025), (wins + 1, 0.975)):  # the share p at which P(k wins or more) = level
+        low, high = float(k > count), float(k > 0)
+        while high - low > 1e-12:
+            p = (low + high) / 2
+            win, loss = math.log(p), math.log1p(-p)
+            tail = sum(math.exp(ways[i] + i * win + (count - i) * loss) for i in range(k, count + 1))
+            low, high = (p, high) if tail < level else (low, p)
+        edges.append(low)
+    return (wins / count, *edges) if count else (None,)
 
 
 def report(result):
     """Print the accuracies with their 95 % intervals."""
     for name, count in (("accuracy", "pairs"), ("accuracy_noiseless", "pairs_noiseless")):
         if name in result:
-            low, high = interval(result[name], result[count])
+            _, low, high = exact_share(round(result[name] * result[count]), result[count])
             labels = "noiseless labels" if "noiseless" in name else "the labels as given"
             score = f"{result[name]:.3f} (95 % interval {low:.3f} to {high:.3f})"
             print0(f"RM: accuracy {score} on {result[count]} held-out pairs, {labels}")

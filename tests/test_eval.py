@@ -7,7 +7,7 @@ from itertools import accumulate
 import pytest
 
 import eval as chapter5
-from eval import closing_table, lay_out, parity, read_run, smooth, steps_to
+from eval import parity, smooth
 
 
 def rows_of(rm, gold=None, **more):
@@ -26,6 +26,13 @@ def write_run(folder, rows):
     return str(folder)
 
 
+def closing_table(runs, tmp_path, capsys):
+    """The closing table of runs {name: rows}, as `curves` prints it."""
+    folders = [write_run(tmp_path / name, rows) for name, rows in runs.items()]
+    chapter5.main(["curves", "--run", *folders])
+    return capsys.readouterr().out.splitlines()
+
+
 def test_smoothing_is_the_mean_of_the_last_five_steps_and_of_fewer_at_the_start():
     assert smooth([10, 0, 2, 4, 4, 0, 5]) == [10, 5, 4, 4, 4, 2, 3]
     totals = [0, *accumulate(range(50))]
@@ -36,15 +43,6 @@ def test_smoothing_is_the_mean_of_the_last_five_steps_and_of_fewer_at_the_start(
 
 def test_smoothing_never_looks_ahead():
     assert smooth([1, 2, 3, 4, 5, 6])[:4] == smooth([1, 2, 3, 4, 99, -99])[:4]
-
-
-def test_steps_to_is_the_first_step_that_reaches_the_target():
-    # smoothed: 0, 1, 2, 3, 4, 6, ...
-    assert steps_to([0, 2, 4, 6, 8, 10], 3) == 3
-    assert steps_to([0, 2, 4, 6, 8, 10], 3.001) == 4
-    assert steps_to([0, 2, 4, 6, 8, 10], 0) == 0
-    assert steps_to([5, 0, 0, 0, 0, 0], 5) == 0  # a later fall changes nothing
-    assert steps_to([0, 2, 4, 6, 8, 10], 6.1) is None
 
 
 def test_parity_worked_by_hand():
@@ -69,14 +67,12 @@ def cells_of(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_the_closing_table_can_be_recomputed_from_the_metrics(tmp_path):
+def test_the_closing_table_can_be_recomputed_from_the_metrics(tmp_path, capsys):
     base_rm, base_gold = [0.1 * i for i in range(30)], [1 + 0.05 * i for i in range(30)]
     fast_rm, fast_gold = [0.2 * i for i in range(30)], [1 + 0.04 * i for i in range(30)]
-    runs = [
-        read_run(write_run(tmp_path / "token", rows_of(base_rm, base_gold))),
-        read_run(write_run(tmp_path / "fixed", rows_of(fast_rm, fast_gold, seconds=3, eos_rate=0.5))),
-    ]
-    header, rule, *lines = closing_table(runs)
+    fast = rows_of(fast_rm, fast_gold, seconds=3, eos_rate=0.5)
+    runs = {"token": rows_of(base_rm, base_gold), "fixed": fast}
+    header, rule, *lines = closing_table(runs, tmp_path, capsys)
     assert len({len(cells_of(line)) for line in (header, rule, *lines)}) == 1
     for line, name, rm, gold, eos, seconds in zip(
         lines, ("token", "fixed"), (base_rm, fast_rm), (base_gold, fast_gold), (1, 0.5), (2, 3), strict=True
@@ -101,20 +97,20 @@ def test_the_closing_table_can_be_recomputed_from_the_metrics(tmp_path):
     assert cells_of(lines[1])[9] == "–"  # the slower gold score never gets there
 
 
-def test_a_task_without_a_gold_score_leaves_those_cells_open():
-    *_, line = closing_table([("token", rows_of([0, 1, 2, 3, 4, 5, 6, 7]))])
+def test_a_task_without_a_gold_score_leaves_those_cells_open(tmp_path, capsys):
+    *_, line = closing_table({"token": rows_of([0, 1, 2, 3, 4, 5, 6, 7])}, tmp_path, capsys)
     cells = cells_of(line)
     assert (cells[2], cells[3], cells[8], cells[9]) == ("–",) * 4
     assert cells[6] == "1.00"
 
 
-def test_the_table_of_a_run_of_one_step_has_no_parity():
-    *_, line = closing_table([("token", rows_of([0.5], [1.0]))])
+def test_the_table_of_a_run_of_one_step_has_no_parity(tmp_path, capsys):
+    *_, line = closing_table({"token": rows_of([0.5], [1.0])}, tmp_path, capsys)
     assert cells_of(line)[6:10] == ["–"] * 4
 
 
-def test_a_gold_gain_without_spread_is_left_open():
-    *_, line = closing_table([("token", rows_of([0, 1, 2], [1, 2, 3], gold_score_std=0.0))])
+def test_a_gold_gain_without_spread_is_left_open(tmp_path, capsys):
+    *_, line = closing_table({"token": rows_of([0, 1, 2], [1, 2, 3], gold_score_std=0.0)}, tmp_path, capsys)
     assert cells_of(line)[3] == "–"
 
 
@@ -180,16 +176,9 @@ SAMPLE = {
 }
 
 
-def test_tokens_fill_lines_of_a_hundred_characters_and_are_never_broken():
-    assert lay_out(["a\nb", "", "cd"]) == [(0, 0, "a⏎b"), (0, 3, "∎"), (0, 4, "cd")]
-    cells = lay_out(["x" * 60, "y" * 40, "z", "w" * 99, "v"])
-    assert [cell[:2] for cell in cells] == [(0, 0), (0, 60), (1, 0), (1, 1), (2, 0)]
-    assert lay_out(["x" * 300, "y"]) == [(0, 0, "x" * 300), (1, 0, "y")]
-
-
-def write_samples(folder, *steps):
+def write_samples(folder, *steps, **more):
     folder.mkdir()
-    rows = [json.dumps(SAMPLE | {"step": step}) + "\n" for step in steps]
+    rows = [json.dumps(SAMPLE | more | {"step": step}) + "\n" for step in steps]
     (folder / "samples.jsonl").write_text("".join(rows))
     return str(folder)
 
@@ -211,6 +200,21 @@ def test_the_heatmap_shows_every_token_of_every_run(tmp_path, capsys, monkeypatc
     assert list(values.lines[-2].get_ydata()) == SAMPLE["values"]
     assert list(values.lines[-1].get_ydata()) == SAMPLE["returns"]
     assert len(figures[0].axes) == 4
+
+
+def test_tokens_fill_lines_of_a_hundred_characters_and_are_never_broken(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: figures.append(figure))
+    pieces = ["x" * 60, "y" * 40, "z", "w" * 99, "a\nb", ""]
+    more = {name: [0, 0, 0, 0, 0, 0] for name in ("seg", "values", "advantages", "returns")}
+    run = write_samples(tmp_path / "token", 0, pieces=pieces, **more)
+    chapter5.main(["heatmap", "--run", run, "--png", str(tmp_path / "heatmap.png")])
+    texts = figures[0].axes[0].texts
+    places = [(t.get_position()[0], t.get_position()[1] - 0.52) for t in texts]
+    assert places == [(0, 0), (60, 0), (0, 1), (1, 1), (0, 2), (3, 2)]
+    assert [t.get_text() for t in texts][-2:] == ["a⏎b", "∎"]
 
 
 def test_a_missing_sample_is_named_in_one_line_with_exit_code_2(tmp_path, capsys):

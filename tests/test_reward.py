@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 import reward
 import sft
-from reward import ScalarModel, gold_score, interval, last_token_scores, preference_loss, toy_edit, toy_pair
+from reward import ScalarModel, gold_score, last_token_scores, preference_loss, toy_edit, toy_pair
 
 PROMPTS = [[2, 3, 4, 5, 6], [7], [3, 3, 9]]
 RESPONSES = [[4, 1], [5, 6, 7, 8, 1], [9, 10]]
@@ -161,20 +161,6 @@ def test_after_centering_demonstrations_score_0_on_average():
     assert sum(after) / 10 == pytest.approx(0, abs=1e-5)
     assert bias == pytest.approx(-sum(before) / 10, abs=1e-5)
     assert [a - b for a, b in zip(after, before, strict=True)] == pytest.approx([bias] * 10, abs=1e-5)
-
-
-def test_wilson_interval_against_published_values():
-    # Agresti and Coull (1998) and textbook tables: 50 of 100, 80 of 100, 0 of 10, 10 of 10.
-    assert interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert interval(0.8, 100) == pytest.approx((0.7112, 0.8666), abs=1e-4)
-    assert interval(0.0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
-    assert interval(1.0, 10) == pytest.approx((0.7225, 1), abs=1e-4)
-
-
-def test_the_wilson_limits_are_where_the_normal_test_just_fails_to_reject():
-    for share, count in ((0.75, 40), (0.63, 2312)):
-        for limit in interval(share, count):
-            assert abs(share - limit) == pytest.approx(1.96 * math.sqrt(limit * (1 - limit) / count))
 
 
 # The toy: gold score and preferences
