@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import eval as chapter5
 import ma_ppo
@@ -503,6 +505,63 @@ def test_a_retrained_model_is_sampled_again_and_an_untouched_one_is_not(toy, tmp
     assert drawn == [3]
     assert all(row["prompt"] in {r["prompt"] for r in sft.split(sft.load_rows("toy", ()), "test")}
                for row in stored(tmp_path / "run"))  # fmt: skip
+
+
+def test_program_tasks_are_scored_by_their_unit_tests_instead_of_the_rm(toy, tmp_path, capsys, monkeypatch):
+    subprocess.run(["cp", "-r", str(toy / "token"), str(tmp_path / "run")], check=True)
+    subprocess.run(["rm", "-rf", str(tmp_path / "run" / "score")], check=True)
+    problem = {"input_output": {"inputs": ["1\n", "2\n"], "outputs": ["1\n", "2\n"]}}
+    rows = [{"prompt": f"Say it, {i}.", "problem": problem | {"difficulty": "easy"}} for i in range(4)]
+    monkeypatch.setattr(sft, "split", lambda *ignored: rows)
+    written, sample = ["print(input())", "print(1)", "print(", "1 / 0"], ma_ppo.sample
+
+    def programs(policy, examples, *more):
+        rollout = sample(policy, examples, *more)
+        rollout.texts = [written[example["number"]] for example in examples]
+        return rollout
+
+    monkeypatch.setattr(ma_ppo, "sample", programs)
+    table = printed(capsys, "passk", "--run", tmp_path / "run", "--prompts", 4, "--samples", 2, "--k", 1, 2)
+    assert [row[2:4] for row in table[2:]] == [["all", "4"], ["easy", "4"]]
+    assert [number(x) for row in table[2:] for x in row[4:]] == [0.25] * 4
+    found = {row["number"]: (row["rm_score"], row["passed"]) for row in stored(tmp_path / "run")}
+    assert found == {
+        0: (pytest.approx(1.0), True),
+        1: (pytest.approx(-0.3 + 1.3 / 2), False),
+        2: (-1.0, False),
+        3: (-0.6, False),
+    }
+
+
+def test_the_kl_of_many_samples_is_the_exact_kl_of_a_tiny_model():
+    """All responses of at most two tokens, enumerated, against the mean over samples."""
+    tokenizer = sft.small_tokenizer("toy", [" a b"])
+    size = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
+    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.7, **size)
+    models = {}
+    for seed, name in enumerate(("policy", "reference")):
+        torch.manual_seed(seed)
+        models[name] = LlamaForCausalLM(config).eval()
+    zeros = {name: lambda batch: torch.zeros(batch.tokens.shape) for name in ("critic", "reward")}
+    cfg = ma_ppo.Config(task="hh", max_response=2, temperature=0.7)
+    eos, prompt, exact = tokenizer.eos_token_id, tokenizer(" a b").input_ids, 0.0
+
+    def shares(model, ids):
+        with torch.no_grad():
+            return (model(torch.tensor([ids])).logits[0, -1] / cfg.temperature).log_softmax(-1).tolist()
+
+    for first in range(len(tokenizer)):
+        p, q = (shares(model, prompt)[first] for model in models.values())
+        if first == eos:
+            exact += math.exp(p) * (p - q)
+            continue
+        later = [shares(model, [*prompt, first]) for model in models.values()]
+        for x, y in zip(*later, strict=True):
+            exact += math.exp(p + x) * (p + x - q - y)
+    rows = [{"prompt": " a b", "number": i, "text": ""} for i in range(4000)]
+    found = [row["kl"] for row in chapter5.respond(rows, 0.7, 0, models | zeros, tokenizer, cfg)]
+    error = np.std(found) / len(found) ** 0.5
+    assert abs(np.mean(found) - exact) < 4 * error < 0.1 * exact
 
 
 def test_curves_over_seeds_give_medians_areas_and_a_band(tmp_path, capsys):
