@@ -592,7 +592,8 @@ def draw_curves(folders, cfg):
     if sft.rank() == 0:
         flags = ["curves", "--run", *map(str, folders), "--png", str(Path(cfg.out) / "curves.png")]
         print0(f"drawing: python eval.py {shlex.join(flags)}")
-        subprocess.run([sys.executable, str(Path(__file__).with_name("eval.py")), *flags], check=True)
+        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        subprocess.run([sys.executable, Path(__file__).with_name("eval.py"), *flags], check=True, env=alone)
 
 
 if __name__ == "__main__":
