@@ -5,6 +5,7 @@ import math
 import os
 import pty
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -281,9 +282,15 @@ def type_into(command, answers, interrupt_after=None):
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # a test run in the background ignores it, and so would we
         os.execv(command[0], command)
     shown, given, waiting = "", 0, 0
     while True:
+        if not select.select([terminal], [], [], 100)[0]:
+            os.kill(pid, signal.SIGKILL)
+            pytest.fail(f"nothing more was shown after: {shown[-500:]}")
         try:
             shown += os.read(terminal, 65536).decode(errors="replace")
         except OSError:
