@@ -284,7 +284,7 @@ def type_into(command, answers, interrupt_after=None):
         os.chdir(ROOT)
         signal.signal(
             signal.SIGINT, signal.SIG_DFL
-        )  # a test run in the background ignores it, and so would we
+        )  # which background runs of the tests ignore
         os.execv(command[0], command)
     shown, given, waiting = "", 0, 0
     while True:
