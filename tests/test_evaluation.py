@@ -282,9 +282,7 @@ def type_into(command, answers, interrupt_after=None):
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # which background runs of the tests ignore
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which background runs of the tests ignore
         os.execv(command[0], command)
     shown, given, waiting = "", 0, 0
     while True:
