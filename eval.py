@@ -6,8 +6,7 @@ target is the first run's start + a share of its gain; divide a run's first step
 
     python eval.py report runs/toy                           # all that follows, in runs/toy/report.md
     python eval.py curves --run runs/toy --png curves.png    # seeds: --run runs/seed0 runs/seed1 runs/seed2
-    python eval.py score --run runs/toy/token runs/toy/fixed --temperature 1 0 --references
-    python eval.py duel --a runs/toy/fixed --b runs/toy/token --judge rm gold   # and bestofn, frontier, passk
+    python eval.py duel --a runs/toy/fixed --b runs/toy/token --judge rm gold   # score, bestofn, frontier, …
 """
 
 import json
@@ -142,6 +141,7 @@ def arms_of(args):
     arms, runs = {}, runs_of(args.run, args.arms)
     for run in runs:
         rows, name = read_rows(run / "metrics.jsonl", {"rm_score", "kl", "seconds"}), run.name
+        name = max((arm for arm in args.arms if run.as_posix().endswith("/" + arm)), key=len, default=name)
         if name in arms and runs == [*map(Path, args.run)]:  # runs named one by one are arms of their own
             name = "/".join(run.parts[-2:])
         arms.setdefault(name, []).append(rows)
@@ -160,8 +160,7 @@ def paths(arms, key):
 def curves(args):
     """Learning curves in training, steps to parity with the first arm, areas under the curves (means)."""
     arms, panels, tables = arms_of(args), [], []
-    titles = SCORES | {"kl": "KL to the reference, nats", "response_length": "response length, tokens"}
-    for key, title in titles.items():
+    for key, title in (SCORES | {"kl": "KL to reference, nats", "response_length": "length, tokens"}).items():
         lines = [{"label": arm, "x": range(len(y)), "y": y.mean(1), "band": (y.min(1), y.max(1)),
                   "raw": column(arms[arm][0], key) if y.shape[1] == 1 else None}
                  for arm, y in paths(arms, key).items()]  # fmt: skip
@@ -229,7 +228,8 @@ def drawn(args, count):
 
 def samples(run, cfg, model, temperature, count, args):
     """`count` samples of each of args.prompts held-out prompts, kept in RUN/score or drawn -> a list each."""
-    path, stamp = run / "score/samples.jsonl", [x.stat().st_mtime for x in model.glob("*.safetensors")]
+    path, weights = run / "score/samples.jsonl", (Path(x) for x in (model, cfg.sft, cfg.reward_model))
+    stamp = [x.stat().st_mtime for folder in weights for x in sorted(folder.glob("*.safetensors"))]
     kept = {(row["temperature"], row["sample"], row["number"]): row for row in read_rows(path)
             if not model.is_dir() or row["drawn_with"] == stamp}  # fmt: skip
     if model.is_dir():
@@ -302,11 +302,10 @@ def respond(rows, temperature, sample, models, tokenizer, cfg):
 
 def score(args):
     """The final policies on held-out prompts: means over prompts with bootstrap 95 % intervals."""
-    measured = [(*who, [[row | texture(row, args.rouge) for row in group] for group in groups])
+    lines, measured = [], [(*who, [[row | texture(row, args.rouge) for row in group] for group in groups])
                 for *who, groups in drawn(args, args.samples)]  # fmt: skip
     names = [*SCORES, "passed", "kl", "length", "ended", "distinct_1", "distinct_2", "repeated", *ROUGE]
-    rows = [row for *_, groups in measured for group in groups for row in group]
-    keys, lines = [key for key in names if any(row.get(key) is not None for row in rows)], []
+    keys = [k for k in names if any(row.get(k) is not None for *_, gs in measured for g in gs for row in g)]
     for *who, groups in measured:
         values = ([[x for row in g if (x := row.get(key)) is not None] for g in groups] for key in keys)
         means = (cell(*bootstrap([fmean(x) for x in prompts if x])) for prompts in values)
@@ -354,8 +353,7 @@ def passk(args):
     for *who, groups in drawn(args, max(*args.k, args.samples)):
         if groups[0][0]["passed"] is None:
             fail(f"{who[0]}: no unit tests, so nothing passes or fails; pass@k is for program tasks")
-        levels = {group[0]["difficulty"] for group in groups if group[0].get("difficulty")}
-        for level in ["all", *sorted(levels)]:
+        for level in ["all", *sorted({g[0]["difficulty"] for g in groups if g[0].get("difficulty")})]:
             counts = [(len(group), sum(row["passed"] for row in group)) for group in groups
                       if level in ("all", group[0].get("difficulty"))]  # fmt: skip
             cells = (cell(*bootstrap([pass_at_k(n, c, k) for n, c in counts])) for k in args.k)
@@ -434,19 +432,19 @@ def verdicts(judge, pairs, path, cfg, args):
 
 def ask_llm(question, args):
     """An OpenAI-compatible endpoint's answer; 429, 5xx, time-outs and lost connections are tried again."""
-    key, url = os.environ.get("OPENAI_API_KEY", ""), args.judge_url.rstrip("/") + "/chat/completions"
+    key, url = os.environ.get("OPENAI_API_KEY", "").strip(), args.judge_url.rstrip("/") + "/chat/completions"
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     body = {"model": args.judge_model, "temperature": 0, "messages": [{"role": "user", "content": question}]}
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     for pause in (*PAUSES, None):
         try:
+            request = urllib.request.Request(url, json.dumps(body).encode(), headers)
             with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
                 text = reply.read().decode(errors="replace")
             break
         except urllib.request.HTTPError as error:
             problem, again = f"HTTP {error.code}", error.code == 429 or error.code >= 500
-        except (OSError, urllib.request.http.client.HTTPException) as error:
-            problem, again = type(error).__name__, True
+        except (OSError, ValueError, urllib.request.http.client.HTTPException) as error:
+            problem, again = type(error).__name__, not isinstance(error, ValueError)  # malformed key or URL
         if not again or pause is None:
             fail(f"the judge does not answer ({problem}); its verdicts are kept, the same command goes on")
         time.sleep(pause)
@@ -582,9 +580,11 @@ def main(argv=None):
     command, folder = values.pop("command"), values.pop("folder")
     args = Options(**values | {"run": [folder] if folder else values["run"]})
     needed = {"duel": ["a", "b"], "heatmap": ["run", "png"]}.get(command, ["run"])
-    if missing := [f"--{name}" for name in needed if not getattr(args, name)]:
-        fail(f"{command} needs {' and '.join(missing)}")
-    if min(args.prompts, args.samples, *args.n, *args.k) < 1 or min(args.temperature, default=0) < 0:
+    missing, mixed = [f"--{x}" for x in needed if not getattr(args, x)], command == "report" and args.run[1:]
+    if missing or mixed:
+        fail(f"{command} needs {' and '.join(missing) or 'one folder'}")
+    counts = (args.prompts, args.samples, *args.n, *args.k)
+    if min(counts) < 1 or not all(0 <= t < math.inf for t in args.temperature):
         fail("--prompts, --samples, --n and --k must be at least 1, --temperature at least 0")
     unfit = "llm" in args.judge and not (args.judge_model and args.judge_url.startswith("http"))
     if unfit or not {*args.judge} <= {"gold", "rm", "llm", "human"}:

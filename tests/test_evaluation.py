@@ -261,6 +261,24 @@ def test_unparsable_answers_are_counted_and_no_key_is_written_or_printed(tmp_pat
     assert "sk-secret" not in written + output.out + output.err
 
 
+@pytest.mark.parametrize(
+    ("key", "url"), [("sk-se\rcret", "http://localhost:1/v1"), ("sk-secret", "http://[bad")]
+)
+def test_a_malformed_key_or_address_is_one_line_without_the_key(tmp_path, capsys, monkeypatch, key, url):
+    """A key from a file with CRLF lines once ended in a traceback that quoted it."""
+    one, two, *_ = duel_runs(tmp_path, count=2)
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(SystemExit) as stop:
+        chapter5.main(
+            ["duel", "--a", one, "--b", two, "--judge", "llm", "--judge_model", "m", "--judge_url", url]
+        )
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "secret" not in line
+    assert "cret" not in line
+    assert "ValueError" in line or "URL" in line
+
+
 def test_a_judge_that_dies_halfway_is_asked_only_the_rest(tmp_path, capsys, judge):
     one, two, *_ = duel_runs(tmp_path)
     Judge.dies_after = 5
@@ -569,6 +587,19 @@ def test_the_kl_of_many_samples_is_the_exact_kl_of_a_tiny_model():
     found = [row["kl"] for row in chapter5.respond(rows, 0.7, 0, models | zeros, tokenizer, cfg)]
     error = np.std(found) / len(found) ** 0.5
     assert abs(np.mean(found) - exact) < 4 * error < 0.1 * exact
+
+
+def test_a_runs_name_below_its_folder_names_the_arm(tmp_path, capsys):
+    """results/toy holds seed0/fixed and seed0/decay/fixed: both are called `fixed`, but are two arms."""
+    for name, slope in (("token", 1), ("fixed", 2), ("decay/fixed", 4)):
+        (tmp_path / "seed0" / name).mkdir(parents=True)
+        rows = [{"rm_score": slope * i, "kl": i, "eos_rate": 1, "seconds": 1} for i in range(21)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "seed0" / name / "metrics.jsonl").write_text(text)
+    arms = ["token", "fixed", "decay/fixed"]
+    table = printed(capsys, "seeds", "--run", tmp_path / "seed0", "--arms", *arms)
+    assert [row[0] for row in table[2:]] == arms
+    assert [number(row[1]) for row in table[2:]] == [18, 36, 72]  # the mean of the last five
 
 
 def test_curves_over_seeds_give_medians_areas_and_a_band(tmp_path, capsys):
