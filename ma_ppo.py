@@ -225,16 +225,6 @@ def macro_starts(arm, rollout, tokenizer, cfg):
     return segment.token_starts(mask), 0.0  # token, and control
 
 
-def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
-    """4. The KL penalty at every token, plus the score at the last real one: the EOS (SPEC 1.3, 6.8).
-
-    scores: [B]; logprobs, ref_logprobs, mask: [B, T]; beta in reward per nat. Returns [B, T].
-    """
-    rewards = -beta * (logprobs - ref_logprobs) * mask  # [B, T], k1: unbiased for the KL of what was sampled
-    last = (mask.sum(1, keepdim=True).long() - 1).clamp(min=0)  # [B, 1]
-    return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))  # [B, T]
-
-
 TEXT_STARTS = {
     "parsing": segment.parse_starts,
     "sentence": segment.sentence_starts,
@@ -243,6 +233,16 @@ TEXT_STARTS = {
 }
 # control is no termination: token level with the horizon of `fixed` at gamma = 1, lam ** (1 / n) (SPEC 4).
 TERMINATIONS = ("token", "fixed", "random", "perplexity", "whole", "control", *TEXT_STARTS)
+
+
+def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
+    """4. The KL penalty at every token, plus the score at the last real one: the EOS (SPEC 1.3, 6.8).
+
+    scores: [B]; logprobs, ref_logprobs, mask: [B, T]; beta in reward per nat. Returns [B, T].
+    """
+    rewards = -beta * (logprobs - ref_logprobs) * mask  # [B, T], k1: unbiased for the KL of what was sampled
+    last = (mask.sum(1, keepdim=True).long() - 1).clamp(min=0)  # [B, 1]
+    return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))  # [B, T]
 
 
 def token_gae(rewards, values, mask, gamma, lam):
