@@ -453,7 +453,10 @@ def ask_llm(question, args):
     return str(text).replace(key or "\0", "[key]")
 
 
-def report(args):  # Appendix: report, pictures, command line
+# Appendix: report, pictures, command line
+
+
+def report(args):
     """Everything that the runs of a folder allow, as report.md in it, with the pictures beside it."""
     out, runs = Path(args.run[0]), runs_of(args.run[:1])
     args, chapters = replace(args, references=True), [(curves, {}), (frontier, {})]
@@ -545,7 +548,9 @@ def heatmap(args):
 
 
 @dataclass
-class Options:  # of the subcommands
+class Options:
+    """Settings of the subcommands; each reads those that its --help names."""
+
     run: list[str] = opt([], "run folders of ma_ppo.py, or --out folders that hold one per arm")
     arms: list[str] = opt([], "curves, frontier: only these arms of the folders, the first one the baseline")
     mean: bool = opt(False, "curves, over seeds: mean ± standard deviation, not median (range)")

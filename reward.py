@@ -363,6 +363,7 @@ def run_programs(programs, problems, timeout=4.0) -> list[tuple[str, int, int]]:
     """
 
     def judge(program, function, tests):
+        """Run one program on its tests, up to the first failure -> (status, passed, total)."""
         passed = 0
         for given, expected in tests:
             job = {"program": program, "function": function, "input": given, "timeout": timeout}

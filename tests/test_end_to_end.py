@@ -613,8 +613,12 @@ def test_five_chapters_and_nothing_beside_them():
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
-def test_a_chapter_has_at_most_600_lines(chapter):
-    assert len((ROOT / f"{chapter}.py").read_text().splitlines()) <= 600
+def test_the_story_of_a_chapter_is_short_and_every_function_fits_on_a_screen(chapter):
+    source = (ROOT / f"{chapter}.py").read_text()
+    assert len(source.split("\n# Appendix")[0].splitlines()) <= 600
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 42, node.name
 
 
 def test_every_chapter_says_what_it_teaches_and_how_to_run_it():
