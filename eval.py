@@ -233,7 +233,7 @@ def samples(run, cfg, model, temperature, count, args):
     kept = {(row["temperature"], row["sample"], row["number"]): row for row in read_rows(path)
             if not model.is_dir() or row["drawn_with"] == stamp}  # fmt: skip
     if model.is_dir():
-        rows = sft.split(sft.load_rows(cfg.task, tuple(cfg.data)), "test")
+        rows = sft.load_share(cfg, "test")
         prompts = [*{row["prompt"]: row for row in reversed(rows)}.values()][::-1][: args.prompts]
         prompts = [row | {"number": i, "text": row["prompt"]} for i, row in enumerate(prompts)]
         usable = [row for row in prompts if temperature != "references" or row.get("response")]

@@ -420,6 +420,7 @@ def train(arm, out, cfg, device):
     """PPO with one kind of macro action: sample, judge, segment and credit, improve; `steps` times."""
     models, optimizers, tokenizer = load_models(cfg, device)
     prompts = load_prompts(tokenizer, cfg)
+    cfg.steps = sft.count_steps(cfg, len(prompts))
     print0(f"PPO, arm {arm}: {len(prompts):,} prompts, {cfg.steps} steps of {cfg.batch_size} -> {out}")
     if sft.rank() == 0:
         settings = asdict(cfg) | {"arm": arm, "ranks": sft.world()}
@@ -532,6 +533,9 @@ def build_missing_stages(cfg):
     flags += ["--data", *cfg.data] if cfg.data else []
     flags += ["--model", cfg.model] if cfg.model else []
     flags += ["--device", cfg.device] if cfg.device else []
+    flags += ["--preset", cfg.preset] if cfg.preset else []
+    flags += ["--split", *map(str, cfg.split)]
+    flags += [f"--{name}" for name in ("chat_template", "skip_bad_rows") if getattr(cfg, name)]
     if not cfg.sft:
         cfg.sft = str(Path(cfg.out) / "sft")
         run_stage(sft, cfg.sft, flags, cfg)
@@ -548,9 +552,12 @@ def run_stage(chapter, out, flags, cfg):
         print0(f"{out} is missing; making it: python {chapter.__name__}.py {shlex.join(flags)}")
         return chapter.main(flags)
     made = json.loads(finished.read_text())["config"]
+    made = {"split": [20, 40, 40], "chat_template": False} | made
     same = made["task"] == cfg.task and (chapter is reward or cfg.model in ("", made["model"]))
+    same &= made["split"] == cfg.split and made["chat_template"] == cfg.chat_template
     if not same or [*map(os.path.realpath, made["data"])] != [*map(os.path.realpath, cfg.data)]:
-        flags = " ".join(f"--{name} {made[name]!r}" for name in ("task", "data", "model"))
+        names = ("task", "data", "model", "split", "chat_template")
+        flags = " ".join(f"--{name} {made[name]!r}" for name in names)
         sft.fail(f"{out} was made with {flags}: choose another --out, or remove it")
     base = Path(cfg.sft) / "run.json"
     if chapter is reward and base.exists() and base.stat().st_mtime > finished.stat().st_mtime:
@@ -581,8 +588,9 @@ def load_models(cfg, device):
 
 def load_prompts(tokenizer, cfg):
     """The PPO share's prompts, once each: {number, text, prompt (token list)}."""
-    rows = sft.split(sft.load_rows(cfg.task, tuple(cfg.data)), "ppo")
+    rows = sft.load_share(cfg, "ppo")
     texts = list(dict.fromkeys(row["prompt"] for row in rows))
+    sft.report_cuts([{"prompt": text} for text in texts], tokenizer, cfg, ["prompt"])
     encoded = sft.encode([{"prompt": text} for text in texts], tokenizer, cfg, ["prompt"])
     return [{"number": i, "text": texts[i]} | row for i, row in enumerate(encoded)]
 

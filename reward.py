@@ -59,7 +59,7 @@ class Config(sft.Config):
     steps: int = opt(600, "number of updates")
     batch_size: int = opt(32, "preference pairs per update, over all ranks")
     micro_batch_size: int = opt(32, "pairs, so twice as many sequences, per forward pass and rank")
-    lr: float = opt(1.5e-3, "peak learning rate; cosine schedule with 10 % warm-up")
+    lr: float = opt(1.5e-3, "peak learning rate; cosine schedule")
 
 
 class ScalarModel(nn.Module):
@@ -119,34 +119,36 @@ def main(argv=None):
     cfg.sft = cfg.sft or str(Path("runs") / cfg.task / "sft")
     device = sft.setup(cfg.device)
     train, test = load_pairs(cfg, "rm"), load_pairs(cfg, "test")
+    cfg.steps = sft.count_steps(cfg, len(train))
     out = sft.make_folder(cfg.out)
 
     model, tokenizer = start_model(cfg, device)
     optimizer = torch.optim.AdamW(model.parameters(), **sft.ADAM)
     print0(f"RM: {len(train):,} preference pairs, batches of {cfg.batch_size} -> {out}")
 
-    examples = sft.encode(train, tokenizer, cfg, PAIR)
+    sft.report_cuts(train, tokenizer, cfg, PAIR)
     metrics = sft.Metrics(out, cfg.steps, "reward")
     for step in range(cfg.steps):
         began = time.perf_counter()
-        pairs = sft.shard(sft.batch_rows(examples, step, cfg.batch_size, cfg.seed))
+        pairs = sft.shard(sft.batch_rows(train, step, cfg.batch_size, cfg.seed))
+        pairs = sft.encode(pairs, tokenizer, cfg, PAIR)
         losses = micro_losses(model, pairs, tokenizer, cfg, device)
-        loss = sft.update(model, optimizer, losses, sft.cosine_lr(step, cfg.steps, cfg.lr))
+        loss = sft.update(model, optimizer, losses, sft.cosine_lr(step, cfg.steps, cfg.lr, cfg.warmup))
         metrics.log({"step": step, "loss": loss, "seconds": time.perf_counter() - began}, show="loss")
     metrics.bar.close()
 
     result = evaluate(model, test, tokenizer, cfg, device)
-    result["bias"] = center(
-        model, sft.split(sft.load_rows(cfg.task, tuple(cfg.data)), "rm")[:512], tokenizer, cfg, device
-    )
+    demonstrations = sft.load_share(cfg, "rm", "response")[:512]
+    result["bias"] = center(model, demonstrations, tokenizer, cfg, device)
     report(result)
     sft.save_run([model, tokenizer], out, cfg, result)
 
 
 def load_pairs(cfg, share):
     """The preference pairs of one share of the task's rows: {prompt, chosen, rejected} of text."""
-    rows = sft.split(sft.load_rows(cfg.task, tuple(cfg.data)), share)
-    return [toy_pair(row) for row in rows] if cfg.task == "toy" else rows
+    if cfg.task == "toy":
+        return [toy_pair(row) for row in sft.load_share(cfg, share)]
+    return sft.load_share(cfg, share, *PAIR)
 
 
 def start_model(cfg, device):

@@ -8,16 +8,18 @@ over response tokens only: the prompt and the padding are read, never learned (S
 
     python sft.py                                   # the embedded toy task, about a minute on two cores
     python sft.py --task hh --data pairs.jsonl.gz   # human preference pairs: imitate the chosen answers
+    python sft.py --preset gemma-2b-tldr            # the paper's model, data and settings, on a GPU
     torchrun --nproc_per_node=2 sft.py              # the same run on two processes
 
 Later chapters import from here: the batch, data parallelism by hand, the update step, the run folder.
 """
 
-import gzip
+import contextlib
 import json
 import math
 import os
 import random
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -47,31 +49,35 @@ def opt(default, text):
 class Config:
     """Settings of the SFT chapter; the first block is spelled the same way in every chapter."""
 
-    task: str = opt("toy", "toy (embedded) or hh (preference pairs from --data; smaller defaults)")
-    data: list[str] = opt([], "files of rows, .jsonl or .jsonl.gz, for tasks other than toy")
+    task: str = opt("toy", "toy (embedded); tldr, hh, webgpt, apps (hub, or --data); plain (--data)")
+    preset: str = opt("", "a name in the table PAPER, like gemma-2b-tldr: the paper's settings")
+    data: list[str] = opt([], "files of rows in place of the hub's: jsonl, json, parquet, .gz (see README)")
+    split: list[float] = opt([20, 40, 40], "% of the prompts for SFT, RM and PPO, after a tenth is held out")
+    skip_bad_rows: bool = opt(False, "leave malformed rows out, and count them, instead of stopping")
     model: str = opt("", "Hugging Face causal LM to start from; empty: a small Llama from scratch")
+    chat_template: bool = opt(False, "wrap prompts in the chat template of the model's tokenizer")
     out: str = opt("", "folder to write to; empty: runs/TASK/sft, runs/TASK/reward, or runs/TASK (PPO)")
     seed: int = opt(0, "of initialisation, data order and sampling; never of the split of the data")
     steps: int = opt(350, "number of updates")
+    epochs: float = opt(0.0, "passes over this chapter's rows, which then set --steps; 0: --steps counts")
     batch_size: int = opt(32, "sequences per update, over all ranks")
     micro_batch_size: int = opt(32, "sequences per forward pass and rank; changes memory, not the result")
-    lr: float = opt(4e-3, "peak learning rate; cosine schedule with 10 % warm-up")
+    lr: float = opt(4e-3, "peak learning rate; cosine schedule")
+    warmup: float = opt(0.1, "share of the steps in which the learning rate rises (paper: 0.1)")
     device: str = opt("", "cpu, cuda, ...; empty: cuda where there is one")
-    max_prompt: int = opt(512, "tokens; longer prompts lose their beginning")
+    max_prompt: int = opt(512, "tokens; longer prompts lose their beginning, never their instruction")
     max_response: int = opt(128, "tokens, EOS included; longer responses lose their end")
 
 
 ADAM = {"betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}  # eps: SPEC 8
-# What a task changes in these defaults; a flag overrides both. hh: sized for minutes on two cores.
+# What a task changes in these defaults; a flag overrides both. Real text: sized for minutes on two cores.
 SHORT = {"max_prompt": 192, "max_response": 96}
-DEFAULTS = {
-    "toy": {},
-    "hh": {
-        "sft": SHORT | {"steps": 250, "batch_size": 16, "lr": 1e-3},
-        "reward": SHORT | {"steps": 100, "batch_size": 16, "lr": 2e-4},
-        "ma_ppo": SHORT | {"steps": 40, "batch_size": 32, "lr": 2e-4, "critic_lr": 2e-4},
-    },
+SMALL = {
+    "sft": SHORT | {"steps": 250, "batch_size": 16, "lr": 1e-3},
+    "reward": SHORT | {"steps": 100, "batch_size": 16, "lr": 2e-4},
+    "ma_ppo": SHORT | {"steps": 40, "batch_size": 32, "lr": 2e-4, "critic_lr": 2e-4},
 }
+DEFAULTS = {"toy": {}} | {task: dict(SMALL) for task in ("tldr", "hh", "webgpt", "apps", "plain")}
 
 
 @dataclass
@@ -221,7 +227,7 @@ def update(model, optimizer, micro_losses, lr, max_norm=1.0):
     return total
 
 
-def cosine_lr(step, steps, peak, warmup=0.1):
+def cosine_lr(step, steps, peak, warmup):
     """Linear warm-up over the first `warmup` share of the steps, then half a cosine down to zero."""
     ramp = max(1, round(warmup * steps))
     cosine = 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
@@ -261,27 +267,27 @@ def main(argv=None):
     """Fine-tune a model on demonstrations and save it, with `run.json` and `metrics.jsonl`."""
     cfg = parse(Config, "sft", argv)
     device = setup(cfg.device)
-    rows = load_rows(cfg.task, tuple(cfg.data))
-    train, test = split(rows, "sft"), split(rows, "test")
+    train, test = load_share(cfg, "sft", "response"), load_share(cfg, "test", "response")[:256]
     out = make_folder(cfg.out)
-    model, tokenizer = start_model(cfg, rows)
+    cfg.steps = count_steps(cfg, len(train))
+    model, tokenizer = start_model(cfg, train)
     model.to(device)
     broadcast_parameters(model)
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
     print0(f"SFT: {len(train):,} demonstrations, {model.num_parameters():,} parameters -> {out}")
-    train, test = encode(train, tokenizer, cfg), encode(test, tokenizer, cfg)
+    report_cuts(train, tokenizer, cfg)
     metrics = Metrics(out, cfg.steps, "sft")
     for step in range(cfg.steps):
         began = time.perf_counter()
-        examples = shard(batch_rows(train, step, cfg.batch_size, cfg.seed))
+        examples = encode(shard(batch_rows(train, step, cfg.batch_size, cfg.seed)), tokenizer, cfg)
         token_count = float(all_sum(sum(len(e["response"]) for e in examples)))
         losses = micro_losses(model, examples, tokenizer, token_count, cfg.micro_batch_size, device)
-        loss = update(model, optimizer, losses, cosine_lr(step, cfg.steps, cfg.lr))
+        loss = update(model, optimizer, losses, cosine_lr(step, cfg.steps, cfg.lr, cfg.warmup))
         metrics.log({"step": step, "loss": loss, "seconds": time.perf_counter() - began}, show="loss")
     metrics.bar.close()
 
-    loss = held_out_loss(model, test[:256], tokenizer, cfg, device)
-    print0(f"SFT: cross-entropy {loss:.3f} nats a token on {len(test[:256])} held-out demonstrations")
+    loss = held_out_loss(model, encode(test, tokenizer, cfg), tokenizer, cfg, device)
+    print0(f"SFT: cross-entropy {loss:.3f} nats a token on {len(test)} held-out demonstrations")
     save_run([model, tokenizer], out, cfg, {"test_loss": loss})
 
 
@@ -325,15 +331,19 @@ def fail(message):
 
 
 def parse(config_class, chapter, argv=None):
-    """Read a chapter's `Config` from the command line: dataclass default < the task's default < flag."""
+    """Read a chapter's `Config` from the command line: its defaults < the task's < the preset's < flags."""
     title = sys.modules[config_class.__module__].__doc__.split("\n")[0]
     parser = HfArgumentParser(config_class, description=title)
     parser.error = fail
     argv = sys.argv[1:] if argv is None else argv
-    task = parser.parse_known_args([flag for flag in argv if flag not in ("-h", "--help")])[0].task
-    if task not in DEFAULTS:
+    quiet = [flag for flag in argv if flag not in ("-h", "--help")]
+    if (name := parser.parse_known_args(quiet)[0].preset) and name not in PAPER:
+        fail(f"unknown preset {name!r}: choose from {', '.join(PAPER)}")
+    preset = paper_settings(name) if name else {}
+    parser.set_defaults(**preset.get("all", {}))
+    if (task := parser.parse_known_args(quiet)[0].task) not in DEFAULTS:
         fail(f"unknown task {task!r}: choose from {', '.join(DEFAULTS)}")
-    parser.set_defaults(**DEFAULTS[task].get(chapter, {}))
+    parser.set_defaults(**(preset.get(chapter) or DEFAULTS[task].get(chapter, {})))
     cfg = config_class(**vars(parser.parse_args(argv)))
     cfg.out = cfg.out or str(Path("runs") / cfg.task / ("" if chapter == "ma_ppo" else chapter))
     check(cfg)
@@ -347,8 +357,12 @@ def check(cfg):
             fail(f"--{name} must be positive, got {getattr(cfg, name)}")
     if cfg.batch_size % (ranks := int(os.environ.get("WORLD_SIZE", 1))):
         fail(f"--batch_size {cfg.batch_size} is not divisible by the number of ranks, {ranks}")
-    if (cfg.task == "toy") == bool(cfg.data):
-        fail("--data FILE needs --task hh" if cfg.data else f"--task {cfg.task} needs --data FILE")
+    if cfg.task == "toy" and cfg.data:
+        fail("--data FILE needs a task that reads it: tldr, hh, webgpt, apps or plain")
+    if cfg.task == "plain" and not cfg.data:
+        fail(f"--task {cfg.task} needs --data FILE")
+    if len(cfg.split) != 3 or min(cfg.split) < 0 or not 99.9 < sum(cfg.split) < 100.1:
+        fail(f"--split must be three percentages that add up to 100, got {cfg.split}")
     if not 0 <= cfg.seed < 2**63:
         fail(f"--seed must be 0 or more and below 2**63, got {cfg.seed}")
     try:
@@ -399,11 +413,11 @@ def load_causal_lm(path, length=0, device="cpu"):
 
 
 def start_model(cfg, rows):
-    """What SFT starts from: --model, or a small Llama from scratch with a vocabulary made for the task."""
+    """What SFT starts from: --model, or a small Llama from scratch with a vocabulary made from `rows`."""
     if cfg.model:
         return load_causal_lm(cfg.model, cfg.max_prompt + cfg.max_response)
     torch.manual_seed(cfg.seed)
-    tokenizer = small_tokenizer(cfg.task, [row["prompt"] + row["response"] for row in split(rows, "sft")])
+    tokenizer = small_tokenizer(cfg.task, [row["prompt"] + row["response"] for row in rows])
     hidden, layers, heads = (64, 2, 2) if cfg.task == "toy" else (128, 4, 4)
     size = {"hidden_size": hidden, "intermediate_size": 2 * hidden}
     size |= {"num_hidden_layers": layers, "num_attention_heads": heads}
@@ -437,84 +451,355 @@ def small_tokenizer(task, texts):
 def encode(rows, tokenizer, cfg, names=("prompt", "response")):
     """Texts -> token lists: rows {name: text, ...} -> rows {name: ids, ...}, for the fields `names`.
 
-    A prompt longer than max_prompt loses its beginning; a response (with its EOS) longer than max_response
-    its end.
+    A prompt longer than max_prompt loses its beginning, a response (with its EOS) longer than max_response
+    its end. With --chat_template, prompts are wrapped in the tokenizer's own, which is never cut.
     """
     bos, eos = tokenizer("").input_ids, tokenizer.eos_token_id  # [BOS] for models that want one, else []
     encoded = [{} for _ in rows]
     for name in names if rows else ():
         texts = [row[name] for row in rows]
-        for row, ids in zip(encoded, tokenizer(texts, add_special_tokens=False).input_ids, strict=True):
-            if name == "prompt":
-                row[name] = bos + ids[max(0, len(ids) + len(bos) - cfg.max_prompt) :]
-            else:
-                row[name] = [*ids, eos][: cfg.max_response]
+        if name == "prompt" and cfg.chat_template:
+            prompts = [chat_prompt(text, tokenizer, cfg.max_prompt) for text in texts]
+        elif name == "prompt":
+            ids = tokenizer(texts, add_special_tokens=False).input_ids
+            prompts = [bos + row[max(0, len(row) + len(bos) - cfg.max_prompt) :] for row in ids]
+        else:
+            texts = [text.lstrip() for text in texts] if cfg.chat_template else texts
+            ids = tokenizer(texts, add_special_tokens=False).input_ids
+        for i, row in enumerate(encoded):
+            row[name] = prompts[i] if name == "prompt" else [*ids[i], eos][: cfg.max_response]
     return encoded
 
 
+def dialogue(prompt):
+    """A prompt as chat messages [{role, content}, ...]: "Human: … Assistant:" by its turns, others as one.
+
+    >>> dialogue(" Human: why? Assistant:")
+    [{'role': 'user', 'content': 'why?'}]
+    """
+    turns = re.split(r"(?:^\s*|\n\n|\s(?=Assistant:$))(Human|Assistant):", prompt)
+    if turns[0].strip() or not prompt.endswith("Assistant:") or len(turns) < 5:
+        return [{"role": "user", "content": prompt}]
+    messages = []
+    for name, text in zip(turns[1:-2:2], turns[2:-2:2], strict=True):
+        role = "user" if name == "Human" else "assistant"
+        if messages and messages[-1]["role"] == role:  # templates want turns to alternate
+            messages[-1]["content"] += "\n\n" + text.strip()
+        else:
+            messages.append({"role": role, "content": text.strip()})
+    return messages
+
+
+def chat_prompt(prompt, tokenizer, limit):
+    """A prompt in the tokenizer's chat template, as at most `limit` tokens: the oldest turns go first, then
+    the beginning of the first message that is left."""
+    options = {"add_generation_prompt": True, "return_dict": False}
+    messages = dialogue(prompt)
+    while len(ids := tokenizer.apply_chat_template(messages, **options)) > limit:
+        content = messages[0]["content"]
+        if len(messages) > 2:
+            messages = messages[2:]
+        elif content:
+            places = tokenizer(content, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+            cut = min(len(places), len(ids) - limit)
+            messages[0]["content"] = content[max(1, places[cut - 1][1] if cut else 0) :]
+        else:
+            fail(f"--max_prompt {limit} leaves no room: the empty chat template has {len(ids)} tokens")
+    return ids
+
+
+def report_cuts(rows, tokenizer, cfg, names=("prompt", "response")):
+    """Say how many of the rows' texts are cut at the limits; refuse a limit that would cut the instruction.
+
+    Every rank looks at its own share of the rows.
+    """
+    bos = len(tokenizer("").input_ids)
+    for suffix in INSTRUCTIONS:
+        room = bos + len(tokenizer(suffix, add_special_tokens=False).input_ids)
+        if room > cfg.max_prompt and rows[0]["prompt"].endswith(suffix):
+            fail(f"--max_prompt {cfg.max_prompt} cuts the instruction {suffix!r}, which takes {room} tokens")
+    for name in names:
+        kind = "prompt" if name == "prompt" else "response"
+        texts, limit = [row[name] for row in rows[rank() :: world()]], getattr(cfg, f"max_{kind}")
+        lengths = map(len, tokenizer(texts, add_special_tokens=False).input_ids if texts else [])
+        spare = bos if name == "prompt" else 1  # 1: the EOS
+        cut = int(all_sum(sum(length + spare > limit for length in lengths)))
+        if cut:
+            print0(f"{cut:,} of {len(rows):,} texts {name!r} are cut to --max_{kind} {limit} tokens")
+
+
+def count_steps(cfg, count):
+    """--steps, or as many as --epochs passes over `count` rows take."""
+    return max(1, round(cfg.epochs * count / cfg.batch_size)) if cfg.epochs else cfg.steps
+
+
+# Rows. Every file, from the hub or from --data, becomes rows of texts {prompt, response, chosen, rejected,
+# problem}, as far as it has them. Which of the published schemas a row follows is seen from its fields.
+
+INSTRUCTIONS = (" TL;DR:", "Assistant:", "ANSWER:")  # the last words of prompts, as written below
 SPLIT_SEED = 1234  # the paper's; fixed, so that stages run with different --seed never share rows
-SHARES = {"test": (0, 0.1), "sft": (0.1, 0.28), "rm": (0.28, 0.64), "ppo": (0.64, 1)}  # 20/40/40 % of 90 %
+TEST_SHARE = 0.1
+
+
+def load_share(cfg, share, *fields):
+    """The rows of a share ("test", "sft", "rm" or "ppo") that have all the `fields`; at least one."""
+    rows = split(load_rows(cfg.task, tuple(cfg.data), cfg.skip_bad_rows), share, tuple(cfg.split))
+    rows = [row for row in rows if all(name in row for name in fields)]
+    if not rows:
+        wanted = " and ".join(fields) or "prompts"
+        fail(f"the share {share!r} has no rows with {wanted}: see --split and --data")
+    return rows
+
+
+def split(rows, share, percent=(20, 40, 40)):
+    """The rows of the share "test", "sft", "rm" or "ppo"; all rows about one prompt are in the same share.
+
+    A tenth of the prompts is held out as "test"; `percent` of the others are for SFT, RM and PPO.
+    """
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    random.Random(SPLIT_SEED).shuffle(prompts)
+    first, second = percent[0] / 100, (percent[0] + percent[1]) / 100
+    edges = [0, TEST_SHARE, *(TEST_SHARE + (1 - TEST_SHARE) * edge for edge in (first, second, 1))]
+    place = ("test", "sft", "rm", "ppo").index(share)
+    begin, end = (round(edge * len(prompts)) for edge in edges[place : place + 2])
+    wanted = set(prompts[begin:end])
+    return [row for row in rows if row["prompt"] in wanted]
 
 
 @cache
-def load_rows(task, files):
-    """A task's rows: {prompt, response}, hh also {chosen, rejected}; responses begin with their space."""
+def load_rows(task, files=(), skip_bad_rows=False):
+    """A task's rows, as texts {prompt, response, ...}: from `files`, or else from the hub.
+
+    A malformed row stops the program with its file, line and field, or is skipped; rows without use are
+    dropped. Both are counted.
+    """
     if task == "toy":
         return [toy_row(i) for i in range(TOY_ROWS)]
-    rows = [hh_row(row, place) for path in files for place, row in read_jsonl(path)]
-    kept = [row for row in rows if row]
-    print0(f"{task}: {len(kept):,} rows; {len(rows) - len(kept)} dropped: prompts differ, or no answer")
-    if len({row["prompt"] for row in kept}) < 20:
-        fail(f"{', '.join(files)}: fewer than 20 different prompts, too few to split")
-    return kept
+    table = [row for path in files or ["hf://datasets/" + HUB[task]] for row in read_file(path)]
+    bad = [row["bad"] for row in table if row["bad"]]
+    if bad and not skip_bad_rows:
+        fail(f"{bad[0]} ({len(bad)} malformed of {len(table)} rows; --skip_bad_rows leaves them out)")
+    rows = [json.loads(row["row"]) for row in table if row["row"]]
+    if not table:
+        fail(f"{', '.join(files) or task} is empty")
+    print0(f"{task}: {len(rows):,} rows")
+    dropped = [row["dropped"] for row in table if row["dropped"]] + ["malformed" for _ in bad]
+    for reason in sorted(set(dropped)):
+        print0(f"{task}: {dropped.count(reason):,} rows dropped: {reason}")
+    if len({row["prompt"] for row in rows}) < 20:
+        fail(f"{', '.join(files) or task}: fewer than 20 different prompts, too few to split")
+    return rows
 
 
-def read_jsonl(path):
-    """Yield ("file:line", row) for every line of a .jsonl or .jsonl.gz file."""
-    try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-            lines = file.read().split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        fail(f"--data {path} cannot be read: {error}")
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                fail(f"{path}:{number}: not JSON ({error.msg})")
-            if not isinstance(row, dict):
-                fail(f"{path}:{number}: expected an object with named fields, got {type(row).__name__}")
-            yield f"{path}:{number}", row
+def read_file(path):
+    """The rows of one file, {row (JSON text), dropped (why), bad (why)}, cached on disk by `datasets`.
 
-
-def hh_row(row, place):
-    """A preference pair: {prompt, chosen, rejected}, or {chosen, rejected} whole dialogues (SPEC 9).
-
-    A dialogue is cut at its last "Assistant:". Returns None if the prompts differ or an answer is empty.
+    Rank 0 of every machine reads first; the others find its cache.
     """
-    for name in ("chosen", "rejected", *(["prompt"] if "prompt" in row else [])):
-        if not isinstance(row.get(name), str) or not row[name].strip():
-            fail(f"{place}: field {name!r} must be a non-empty text, got {row.get(name)!r}")
-    prompt, chosen, rejected = row.get("prompt", "").rstrip(), row["chosen"], row["rejected"]
-    if not prompt:
-        before, found, chosen = chosen.rpartition("Assistant:")
-        other, _, rejected = rejected.rpartition("Assistant:")
-        if not found:
-            fail(f"{place}: a dialogue without 'Assistant:' and no field 'prompt'")
-        prompt = before + found if before == other else ""
-    if not (prompt and chosen.strip() and rejected.strip()):
-        return None
-    chosen, rejected = " " + chosen.strip(), " " + rejected.strip()
-    return {"prompt": prompt, "response": chosen, "chosen": chosen, "rejected": rejected}
+    import datasets  # takes a second, and the toy does not need it
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are ours to tell
+    kind = str(path).removesuffix(".gz").rsplit(".", 1)[-1]
+    loader = "parquet" if kind == "parquet" else "text"
+    options = {"sample_by": "document" if kind == "json" else "line"} if loader == "text" else {}
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    with waiting(first):
+        try:
+            table = datasets.load_dataset(loader, data_files=str(path), split="train", **options)
+        except Exception as error:  # of many kinds: no file, no network, no gzip, no UTF-8, no Parquet
+            cause = error.__cause__ or error.__context__ or error
+            reason = f"cannot be read: {type(cause).__name__}: {str(cause).splitlines()[0]}"
+            reason = "is empty" if type(cause).__name__ == "SchemaInferenceError" else reason
+            hint = "; without the hub, give files: --data FILE" if str(path).startswith("hf://") else ""
+            fail(f"--data {path} {reason}{hint}")
+        options = {"with_indices": True, "remove_columns": table.column_names, "batched": True}
+        known = {"path": str(path), "kind": kind, "code": Path(__file__).read_text()}
+        return table.map(read_rows, fn_kwargs=known, **options).to_list()
 
 
-def split(rows, share):
-    """The rows of the share "test", "sft", "rm" or "ppo"; all rows about one prompt are in the same share."""
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
-    random.Random(SPLIT_SEED).shuffle(prompts)
-    begin, end = (round(edge * len(prompts)) for edge in SHARES[share])
-    wanted = set(prompts[begin:end])
-    return [row for row in rows if row["prompt"] in wanted]
+@contextlib.contextmanager
+def waiting(first):
+    """Run the body on the `first` ranks, and only then on the others."""
+    if world() > 1 and not first:
+        dist.barrier()
+    yield
+    if world() > 1 and first:
+        dist.barrier()
+
+
+def read_rows(columns, places, path, kind, code):
+    """A batch of `datasets`' rows, columns {name: values}, as columns {row (JSON text), dropped, bad}.
+
+    `code` is part of the cache's key, so that changed code reads anew.
+    """
+    found = []
+    for where, row in json_rows(columns, places, path, kind):
+        try:
+            read = read_row(row)
+            found.append((json.dumps(read), "", "") if isinstance(read, dict) else ("", read, ""))
+        except ValueError as error:
+            found.append(("", "", f"{where}: {error}"))
+    return {name: [row[i] for row in found] for i, name in enumerate(("row", "dropped", "bad"))}
+
+
+def json_rows(columns, places, path, kind):
+    """Yield (where, row) of a batch; a row that is no JSON is the ValueError that tells so."""
+    if kind == "parquet":
+        for place, *values in zip(places, *columns.values(), strict=True):
+            yield f"{path}: row {place + 1}", dict(zip(columns, values, strict=True))
+        return
+    for place, text in zip(places, columns["text"], strict=True):
+        try:
+            parsed = json.loads(text) if text.strip() else []
+        except ValueError as error:
+            parsed = ValueError(f"not JSON ({error})")
+        if parsed == [] or (kind == "json" and isinstance(parsed, list)):  # an empty line, or all rows
+            yield from ((f"{path}: row {number}", row) for number, row in enumerate(parsed, 1))
+        else:
+            yield f"{path}:{place + 1}", parsed
+
+
+def read_row(row):
+    """A row in any of the published schemas (SPEC 9) -> {prompt, ...} of texts, or why it is of no use.
+
+    Raises ValueError if a field is missing or of the wrong type.
+    """
+    if isinstance(row, ValueError):
+        raise row
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object with named fields, got {type(row).__name__}")
+    for name, read in SCHEMAS.items():
+        if name in row:
+            return read(row)
+    raise ValueError(f"no known schema: none of the fields {', '.join(SCHEMAS)}")
+
+
+def field_of(row, path, kind=str):
+    """The field at a dotted path, such as "info.post", of the wanted type; ValueError if it is not there."""
+    value = row
+    for name in path.split("."):
+        name = int(name) if isinstance(value, list) and name.isdigit() else name
+        try:
+            value = value[name]
+        except (KeyError, IndexError, TypeError):
+            raise ValueError(f"field {path!r} is missing") from None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        kind = getattr(kind, "__name__", "number").replace("str", "text")
+        raise ValueError(f"field {path!r} must be a {kind}, got {value!r:.60}")
+    return value
+
+
+def pair(prompt, chosen, rejected=None):
+    """The row of a demonstration, or of a pair, whose chosen text is the demonstration (SPEC 7)."""
+    texts = [text.strip() for text in (prompt, chosen, rejected) if text is not None]
+    if not all(texts):
+        return "an empty text"
+    row = {"prompt": prompt.rstrip(), "response": " " + texts[1]}
+    return row if rejected is None else row | {"chosen": " " + texts[1], "rejected": " " + texts[2]}
+
+
+def tldr_row(row):
+    """TL;DR: {info: {post, subreddit}, summaries: [{text}, {text}], choice} or {post, subreddit, summary}."""
+    info = "info." if "info" in row else ""
+    if info and field_of(row, "info", dict).get("post", "") is None:
+        return "not about a Reddit post"
+    subreddit, post = (field_of(row, info + name).strip() for name in ("subreddit", "post"))
+    prompt = f"POST Subreddit: r/{subreddit} {post} TL;DR:"
+    if not info:
+        return pair(prompt, field_of(row, "summary"))
+    if (choice := field_of(row, "choice", int)) not in (0, 1):
+        raise ValueError(f"field 'choice' must be 0 or 1, got {choice}")
+    return pair(prompt, *(field_of(row, f"summaries.{i}.text") for i in (choice, 1 - choice)))
+
+
+def webgpt_row(row):
+    """WebGPT: {question: {full_text}, answer_0, answer_1, score_0, score_1}, without quotes' [n]."""
+    scores = [field_of(row, f"score_{i}", (int, float)) for i in (0, 1)]
+    answers = [re.sub(r"\s*\[\d+(,\s*\d+)*\]", "", field_of(row, f"answer_{i}")) for i in (0, 1)]
+    prompt = f" Human: {field_of(row, 'question.full_text').strip()} Assistant:"
+    if scores[0] == scores[1]:
+        return "equal scores"
+    return pair(prompt, *(answers if scores[0] > scores[1] else answers[::-1]))
+
+
+def apps_row(row):
+    """APPS: {question, starter_code, solutions, input_output, difficulty}; the first solution is imitated."""
+    tests, solutions = (row.get(name) or "null" for name in ("input_output", "solutions"))
+    try:
+        tests, solutions = (json.loads(x) if isinstance(x, str) else x for x in (tests, solutions))
+    except ValueError as error:
+        raise ValueError(f"field 'input_output' or 'solutions' is not JSON ({error})") from None
+    if not isinstance(tests, dict) or not tests.get("inputs") or not tests.get("outputs"):
+        return "no unit tests"
+    style = "Call-Based" if tests.get("fn_name") else "Standard Input"
+    question, starter = field_of(row, "question").strip(), row.get("starter_code") or ""
+    prompt = f"QUESTION:\n{question}\n{starter}\nUse {style} format\nANSWER:"
+    problem = {"input_output": tests, "difficulty": row.get("difficulty")}
+    found = {"prompt": prompt, "problem": problem}
+    return found | ({"response": "\n" + solutions[0].strip()} if solutions else {})
+
+
+def hh_row(row):
+    """HH-RLHF: {prompt, chosen, rejected}, or {chosen, rejected}, cut at their last "Assistant:"."""
+    chosen, rejected = field_of(row, "chosen"), field_of(row, "rejected")
+    if "prompt" in row:
+        return pair(field_of(row, "prompt"), chosen, rejected)
+    before, found, chosen = chosen.rpartition("Assistant:")
+    other, _, rejected = rejected.rpartition("Assistant:")
+    if not found:
+        raise ValueError("field 'chosen' has no 'Assistant:', and there is no field 'prompt'")
+    return pair(before + found, chosen, rejected) if before == other else "a pair about two prompts"
+
+
+def plain_row(row):
+    """A row of your own: {prompt, response} or {prompt}."""
+    prompt = field_of(row, "prompt")
+    if "response" in row:
+        return pair(prompt, field_of(row, "response"))
+    return {"prompt": prompt.rstrip()} if prompt.strip() else "an empty text"
+
+
+# A schema by a field that only it has; the first that fits is taken.
+SCHEMAS = {"summaries": tldr_row, "summary": tldr_row, "answer_0": webgpt_row, "question": apps_row}
+SCHEMAS |= {"chosen": hh_row, "rejected": hh_row, "prompt": plain_row}
+# Parquet copies that the hub makes of datasets whose scripts no longer load; plain files where there are any.
+HUB = {
+    "tldr": "openai/summarize_from_feedback@refs/convert/parquet/comparisons/train/*.parquet",
+    "hh": "Dahoas/full-hh-rlhf/data/train-*.parquet",
+    "webgpt": "openai/webgpt_comparisons@refs/convert/parquet/*/train/*.parquet",
+    "apps": "codeparrot/apps/train.jsonl",
+}
+
+
+# The paper's settings (its appendix; SPEC 7). Batch, learning rate and epochs of SFT; batch and rate of the
+# RM; batch, rates of policy and critic, beta and warm-up steps of PPO.
+PAPER = {
+    "gemma-2b-tldr": ("google/gemma-2b", 512, 5e-5, 3, 64, 1e-5, 256, 1.5e-5, 1.5e-5, 0.05, 200),
+    "gemma-2b-hh": ("google/gemma-2b", 512, 5e-5, 3, 64, 1e-5, 256, 1.5e-5, 1.5e-5, 0.05, 200),
+    "gemma-2b-webgpt": ("google/gemma-2b", 64, 1e-4, 3, 32, 2e-5, 256, 1.5e-5, 1.5e-5, 0.05, 200),
+    "gemma-7b-tldr": ("google/gemma-7b", 128, 2e-5, 1, 128, 1e-6, 256, 1e-6, 1e-6, 0.05, 200),
+    "gemma-7b-hh": ("google/gemma-7b", 128, 2e-5, 1, 64, 1e-6, 256, 1e-6, 1e-6, 0.05, 200),
+    "gemma-7b-webgpt": ("google/gemma-7b", 128, 2e-5, 5, 32, 1e-6, 256, 1e-6, 1e-6, 0.1, 200),
+    "gemma-2-27b-tldr": ("google/gemma-2-27b", 128, 5e-6, 3, 128, 8e-6, 256, 7e-7, 1e-6, 0.1, 0),
+    "codegemma-2b-apps": ("google/codegemma-2b", 16, 5e-6, 1, 0, 0, 16, 5e-7, 5e-5, 0.05, 20),
+    "codegemma-7b-apps": ("google/codegemma-7b", 32, 2e-6, 1, 0, 0, 16, 5e-7, 5e-5, 0.05, 20),
+}
+
+
+def paper_settings(name):
+    """A row of PAPER as settings {"all": of every chapter, "sft": {...}, "reward": ..., "ma_ppo": ...}."""
+    model, *sft, rm_batch, rm_lr, batch, lr, critic_lr, beta, warmup = PAPER[name]
+    code = name.endswith("apps")
+    return {
+        "all": {"task": name.rsplit("-", 1)[1], "model": model, "max_prompt": 600 if code else 512,
+                "max_response": 512, "micro_batch_size": 4, "epochs": 1.0,
+                "split": [20, 0, 80] if code else [20, 40, 40]},
+        "sft": dict(zip(("batch_size", "lr", "epochs"), sft, strict=True), warmup=0.0 if code else 0.1),
+        "reward": {"batch_size": rm_batch, "lr": rm_lr},
+        "ma_ppo": {"batch_size": batch, "lr": lr, "critic_lr": critic_lr, "beta": beta, "warmup": warmup,
+                   "temperature": 1.0 if code else 0.8, "top_k": 5 if code else 50, "n": 10 if code else 5},
+    }  # fmt: skip
 
 
 # The toy, a miniature TL;DR. A post states twelve facts about a trip, in random order and wording; a summary

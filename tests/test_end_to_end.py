@@ -300,7 +300,7 @@ def test_one_command_on_a_file_of_preferences_builds_the_stages_and_two_processe
     for chapter in ("sft", "reward"):
         assert f"python {chapter}.py --task hh" in printed  # the equivalent command
         assert (folder / "one" / chapter / "run.json").is_file()
-    assert "2 dropped" in printed
+    assert "2 rows dropped" in printed
     for arm in ("token", "perplexity", "sentence", "word"):
         rows = metrics(folder / "one" / arm)
         assert all(row["gold_score"] is None for row in rows)

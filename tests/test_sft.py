@@ -1,6 +1,5 @@
-"""Chapter 1: the batch, the loss, data parallelism's bookkeeping, tokenizers, and the tasks' rows."""
+"""Chapter 1: the batch, the loss, data parallelism's bookkeeping, tokenizers, the split, and the toy."""
 
-import gzip
 import json
 import math
 import random
@@ -23,7 +22,7 @@ from transformers import (
 import ma_ppo
 import reward
 import sft
-from sft import Config, batch_rows, cosine_lr, hh_row, make_batch, sft_loss, split
+from sft import Config, batch_rows, cosine_lr, make_batch, sft_loss, split
 
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
@@ -192,13 +191,14 @@ def test_epochs_and_seeds_differ_in_their_order():
 
 def test_the_learning_rate_ramps_up_for_a_tenth_and_then_falls_like_a_cosine():
     # 20 steps: 2 of warm-up, 1/2 and 1; then half a cosine over 18 steps, its middle 9 steps in.
-    rates = [cosine_lr(step, 20, peak=8.0) for step in range(20)]
+    rates = [cosine_lr(step, 20, peak=8.0, warmup=0.1) for step in range(20)]
     assert rates[:3] == [4, 8, 8]
     assert rates[11] == pytest.approx(4)
     assert rates[2:] == sorted(rates[2:], reverse=True)
     assert 0 < rates[-1] < 0.1
-    assert cosine_lr(20, 20, 8.0) == pytest.approx(0)
-    assert cosine_lr(0, 1, 8.0) == 8  # a single step is not wasted
+    assert cosine_lr(20, 20, 8.0, 0.1) == pytest.approx(0)
+    assert cosine_lr(0, 1, 8.0, 0.1) == 8  # a single step is not wasted
+    assert cosine_lr(0, 20, 8.0, 0.0) == 8  # no warm-up
 
 
 # Tokenizers and models
@@ -380,76 +380,6 @@ def test_the_split_depends_on_no_other_randomness():
     assert results[0] != rows[28:64]  # shuffled
 
 
-DIALOGUE = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:"
-
-
-def test_a_whole_dialogue_is_cut_behind_its_last_assistant():
-    row = hh_row({"chosen": DIALOGUE + " see you ", "rejected": DIALOGUE + " no"}, "f:1")
-    assert row == {"prompt": DIALOGUE, "response": " see you", "chosen": " see you", "rejected": " no"}
-
-
-def test_a_row_with_its_own_prompt_keeps_it():
-    row = hh_row({"prompt": DIALOGUE + " ", "chosen": "see you", "rejected": " no"}, "f:1")
-    assert row == {"prompt": DIALOGUE, "response": " see you", "chosen": " see you", "rejected": " no"}
-
-
-def test_a_pair_about_two_different_prompts_is_dropped():
-    other = DIALOGUE.replace("bye", "stay")
-    assert hh_row({"chosen": DIALOGUE + " see you", "rejected": other + " no"}, "f:1") is None
-
-
-def test_a_pair_whose_rejected_dialogue_has_more_turns_is_dropped():
-    longer = DIALOGUE + " no\n\nHuman: why?\n\nAssistant: because"
-    assert hh_row({"chosen": DIALOGUE + " see you", "rejected": longer}, "f:1") is None
-
-
-def write_rows(path, rows):
-    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
-        file.write(text)
-    return str(path)
-
-
-def hh_rows(count):
-    prompts = [f"\n\nHuman: question {i}?\n\nAssistant:" for i in range(count)]
-    return [{"chosen": f"{p} yes é", "rejected": f"{p} no"} for p in prompts]
-
-
-def test_gzipped_and_plain_files_give_the_same_rows_and_several_files_add_up(tmp_path):
-    plain = write_rows(tmp_path / "a.jsonl", hh_rows(30))
-    zipped = write_rows(tmp_path / "b.jsonl.gz", hh_rows(30))
-    rows = sft.load_rows("hh", (plain,))
-    assert len(rows) == 30
-    assert rows[3]["chosen"] == " yes é"
-    assert sft.load_rows("hh", (zipped,)) == rows
-    assert sft.load_rows("hh", (plain, zipped)) == rows * 2
-
-
-@pytest.mark.parametrize(
-    ("bad", "complaint"),
-    [
-        ("{nonsense", "not JSON"),
-        ("[1, 2]", "list"),
-        ({"chosen": "a"}, "'rejected'"),
-        ({"rejected": "a"}, "'chosen'"),
-        ({"chosen": "", "rejected": "a"}, "'chosen'"),
-        ({"chosen": ["a"], "rejected": "a"}, "'chosen'"),
-        ({"prompt": None, "chosen": "a", "rejected": "b"}, "'prompt'"),
-        ({"chosen": "no turns", "rejected": "b"}, "Assistant:"),
-    ],
-)
-def test_a_bad_row_is_named_by_file_line_and_field(tmp_path, capsys, bad, complaint):
-    path = write_rows(tmp_path / "bad.jsonl", [*hh_rows(2), bad, *hh_rows(1)])
-    line = stops(capsys, sft.load_rows, "hh", (path,))
-    assert f"{path}:3" in line
-    assert complaint in line
-
-
-def test_too_few_prompts_to_split_are_refused(tmp_path, capsys):
-    path = write_rows(tmp_path / "few.jsonl", hh_rows(19))
-    assert "fewer than 20" in stops(capsys, sft.load_rows, "hh", (path,))
-
-
 def test_toy_posts_state_twelve_facts_and_summaries_some_of_them():
     for index in range(200):
         row = sft.toy_row(index)
@@ -492,8 +422,8 @@ def test_held_out_toy_posts_are_not_among_those_trained_on():
 # Settings
 
 
-def test_a_flag_overrides_the_tasks_default_which_overrides_the_chapters(tmp_path):
-    data = write_rows(tmp_path / "a.jsonl", hh_rows(2))
+def test_a_flag_overrides_the_tasks_default_which_overrides_the_chapters():
+    data = "pairs.jsonl"
     task = sft.DEFAULTS["hh"]["sft"]
     hh = sft.parse(Config, "sft", ["--task", "hh", "--data", data, "--lr", "0.5"])
     assert (hh.batch_size, hh.lr) == (task["batch_size"], 0.5)
@@ -502,8 +432,8 @@ def test_a_flag_overrides_the_tasks_default_which_overrides_the_chapters(tmp_pat
     assert hh.max_prompt == task["max_prompt"] != toy.max_prompt
 
 
-def test_output_folders_follow_the_task_and_the_chapter(tmp_path):
-    data = write_rows(tmp_path / "a.jsonl", hh_rows(2))
+def test_output_folders_follow_the_task_and_the_chapter():
+    data = "pairs.jsonl"
     assert sft.parse(Config, "sft", []).out == "runs/toy/sft"
     assert sft.parse(reward.Config, "reward", ["--task", "hh", "--data", data]).out == "runs/hh/reward"
     assert sft.parse(ma_ppo.Config, "ma_ppo", []).out == "runs/toy"
