@@ -119,21 +119,21 @@ def main(argv=None):
     cfg.sft = cfg.sft or str(Path("runs") / cfg.task / "sft")
     device = sft.setup(cfg.device)
     train, test = load_pairs(cfg, "rm"), load_pairs(cfg, "test")
-    out = sft.make_folder(cfg.out)
-
+    out = sft.claim(cfg.out)
+    if sft.finished(cfg, out):
+        return
     model, tokenizer = start_model(cfg, device)
     optimizer = torch.optim.AdamW(model.parameters(), **sft.ADAM)
     print0(f"RM: {len(train):,} preference pairs, batches of {cfg.batch_size} -> {out}")
 
     examples = sft.encode(train, tokenizer, cfg, PAIR)
-    metrics = sft.Metrics(out, cfg.steps, "reward")
-    for step in range(cfg.steps):
+    run = sft.Run(cfg, out, "reward", {"model": model}, {"model": optimizer})
+    for step in run:
         began = time.perf_counter()
         pairs = sft.shard(sft.batch_rows(examples, step, cfg.batch_size, cfg.seed))
         losses = micro_losses(model, pairs, tokenizer, cfg, device)
         loss = sft.update(model, optimizer, losses, sft.cosine_lr(step, cfg.steps, cfg.lr))
-        metrics.log({"step": step, "loss": loss, "seconds": time.perf_counter() - began}, show="loss")
-    metrics.bar.close()
+        run.log({"step": step, "loss": loss, "seconds": time.perf_counter() - began}, "loss", pairs)
 
     result = evaluate(model, test, tokenizer, cfg, device)
     result["bias"] = center(
