@@ -346,6 +346,8 @@ class Run:
         if self.last:
             self.load()
             print0(f"{name}: goes on from {self.last}, {self.first} of {cfg.steps} steps are done")
+        else:
+            torch.manual_seed(cfg.seed)  # whatever this process has done before
         on_rank0(self.cut, state["offsets"])
         bar = {"total": cfg.steps, "initial": self.first, "desc": name, "disable": rank() != 0}
         self.bar = tqdm(**bar, mininterval=1.0, dynamic_ncols=True)
@@ -402,6 +404,7 @@ class Run:
                 dist.all_gather_object(parts, list(batch))
             path, bad = self.out / "bad_batch.json", {"step": row["step"], "batch_of_each_rank": parts}
             on_rank0(self.attempt, "write bad_batch.json", write_json, path, bad)
+            self.bar.close()
             text = f"the loss is no longer finite, {self.cfg.max_skipped} steps in a row: lower --lr"
             fail(f"{text} (or --critic_lr); the last batch is in {path}, and the last checkpoint {self.last}")
 
@@ -416,6 +419,7 @@ class Run:
         except (OSError, SafetensorError) as error:
             for leftover in self.folder.glob(".tmp-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
+            self.bar.close()  # or the error would stand behind it in the same line
             reason = getattr(error, "strerror", None) or error
             last = f"the last complete checkpoint is {self.last or '(none yet)'}"
             raise OSError(f"cannot {what} in {self.out}: {reason}; {last} (--resume auto)") from None
