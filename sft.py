@@ -371,6 +371,8 @@ class Run:
             self.bar.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
+        if self.signal:  # it came while the last checkpoint was being written
+            os.kill(os.getpid(), self.signal)
 
     def stop(self, number, frame):
         """Signal handler: remember the first signal; a second one ends the process at once."""
@@ -405,8 +407,9 @@ class Run:
             path, bad = self.out / "bad_batch.json", {"step": row["step"], "batch_of_each_rank": parts}
             on_rank0(self.attempt, "write bad_batch.json", write_json, path, bad)
             self.bar.close()
-            text = f"the loss is no longer finite, {self.cfg.max_skipped} steps in a row: lower --lr"
-            fail(f"{text} (or --critic_lr); the last batch is in {path}, and the last checkpoint {self.last}")
+            text = "the loss is no longer finite: lower --lr (or --critic_lr)"
+            text += f"; {self.cfg.max_skipped} steps in a row were skipped"
+            fail(f"{text}, the last batch is in {path}, the last checkpoint is {self.last}")
 
     def append(self, name, rows):
         """Append rows to one of the run's LOGS, on rank 0."""

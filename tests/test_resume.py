@@ -25,8 +25,8 @@ import sft
 ROOT = Path(__file__).parent.parent
 TINY = ["--batch_size", "4", "--max_prompt", "16", "--max_response", "16", "--save_every", "2"]
 # A job: {chapter, argv, log, ranks, port, bytes, at}. `at` is [event, k, action, times]: before the k-th
-# operation on a file in --out ("files"), or behind the k-th call of a function, the last rank kills itself, or
-# runs a shell command; and so at the next times - 1 events.
+# operation on a file in --out ("files"), or behind the k-th call of a function, the last rank kills itself
+# or runs a shell command; and so at the next times - 1 events.
 DRIVER = """
 import json, os, resource, signal, subprocess, sys
 sys.argv[0] = "train.py"
@@ -306,6 +306,13 @@ def test_a_second_signal_ends_a_run_at_once(driver, stages, whole, tmp_path):
     same(tmp_path / "run" / inside, whole["ma_ppo"][0])
 
 
+def test_a_signal_during_the_last_save_is_not_lost(driver, whole, tmp_path):
+    at = ["sft.Run.complete", 3, "kill -TERM {pid}"]
+    run(driver, "sft", tmp_path / "run", *SFT, at=at, codes=[-signal.SIGTERM])
+    run(driver, "sft", tmp_path / "run", *SFT, "--resume", "auto")
+    same(tmp_path / "run", whole["sft"][0])
+
+
 def test_signal_handlers_are_as_before_once_a_run_is_over(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     for _ in small_run(tmp_path):
@@ -420,7 +427,7 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(driver, disk, 
 
 def test_a_full_disk_under_the_metrics_ends_the_run_in_one_line(driver, disk, whole):
     run(driver, "sft", disk / "sft", *SFT, at=["sft.update", 4, "kill"], codes=[-9])
-    fill = f"truncate -s 4096 {disk}/sft/metrics.jsonl; cat /dev/zero > {disk}/filler || true"
+    fill = f"truncate -s 4096 {disk}/sft/metrics.jsonl; cat /dev/zero > {disk}/filler 2> /dev/null; true"
     at = ["sft.update", 1, fill]  # the next row needs a new page, and there is none
     printed = run(driver, "sft", disk / "sft", *SFT, "--resume", "auto", at=at, codes=[2])
     wanted = f"error: cannot write metrics.jsonl in {disk}/sft: No space left on device; the last complete"
@@ -590,7 +597,8 @@ def test_skipped_updates_are_counted_over_interruptions_and_end_the_run(tmp_path
     bad = json.loads((tmp_path / "bad_batch.json").read_text())
     assert bad == {"step": 4, "batch_of_each_rank": [[[1, 2], [3]]]}
     printed = capsys.readouterr().err.splitlines()[-1]
-    assert "the loss is no longer finite, 3 steps in a row" in printed and str(newest(tmp_path)) in printed
+    assert "the loss is no longer finite: lower --lr" in printed and "3 steps in a row" in printed
+    assert str(newest(tmp_path)) in printed
     steps = [json.loads(x, parse_constant=pytest.fail) for x in (tmp_path / "metrics.jsonl").open()]
     assert [row["policy_loss"] for row in steps] == [None, 1.0, None, None, 0.0]
 
