@@ -68,6 +68,7 @@ class Config(sft.Config):
     top_k: int = opt(0, "sample from the k likeliest tokens only (paper: 50); 0: from all")
     top_p: float = opt(1.0, "sample from the likeliest tokens that make up this probability; 1: from all")
     no_eos_score: float = opt(-4.0, "score of a response that does not end by itself, instead of the RM's")
+    save_every: int = opt(20, "steps between checkpoints; 0: only at the end and when interrupted")
 
 
 @dataclass
@@ -409,10 +410,11 @@ def main(argv=None):
     """Make the SFT model and the RM if they are missing, train every arm from them, draw the curves."""
     cfg = parse(argv)
     device = sft.setup(cfg.device)
-    folders = [sft.make_folder(Path(cfg.out) / arm) for arm in cfg.terminations]
+    folders = [sft.claim(Path(cfg.out) / arm) for arm in cfg.terminations]
     build_missing_stages(cfg)
     for arm, folder in zip(cfg.terminations, folders, strict=True):
-        train(arm, folder, cfg, device)
+        if not sft.finished(cfg, folder):
+            train(arm, folder, cfg, device)
     draw_curves(folders, cfg)
 
 
@@ -422,12 +424,10 @@ def train(arm, out, cfg, device):
     prompts = load_prompts(tokenizer, cfg)
     cfg.steps = sft.count_steps(cfg, len(prompts))
     print0(f"PPO, arm {arm}: {len(prompts):,} prompts, {cfg.steps} steps of {cfg.batch_size} -> {out}")
-    if sft.rank() == 0:
-        settings = asdict(cfg) | {"arm": arm, "ranks": sft.world()}
-        (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        (out / "samples.jsonl").write_text("")
-    metrics = sft.Metrics(out, cfg.steps, arm)
-    for step in range(cfg.steps):
+    run = sft.Run(cfg, out, arm, models, optimizers)
+    settings = asdict(cfg) | {"arm": arm, "ranks": sft.world()}
+    sft.on_rank0(sft.write_json, out / "config.json", settings)
+    for step in run:
         clock = [time.perf_counter()]
         examples = sft.shard(sft.batch_rows(prompts, step, cfg.batch_size, cfg.seed))
         rollout = sample(models["policy"], examples, step, tokenizer, cfg)
@@ -437,11 +437,12 @@ def train(arm, out, cfg, device):
         clock.append(time.perf_counter())
         losses = improve(rollout, models, optimizers, step, cfg)
         clock.append(time.perf_counter())
-        metrics.log({"step": step} | summary(rollout, tokenizer) | losses | timings(clock), show="rm_score")
+        row = {"step": step} | summary(rollout, tokenizer) | losses | timings(clock)
+        run.log(row, "rm_score", rollout.tokens)
         if step % 10 == 0 or step == cfg.steps - 1:
-            write_samples(out / "samples.jsonl", step, rollout, examples, tokenizer)
-    metrics.bar.close()
+            run.append("samples.jsonl", sample_rows(step, rollout, examples, tokenizer))
     sft.save_run([models["policy"], tokenizer], out / "model")
+    sft.save_run([], out, cfg, {"arm": arm})
 
 
 def summary(rollout, tokenizer):
@@ -478,8 +479,8 @@ def timings(clock):
     return {"seconds": sum(lengths)} | dict(zip(phases, lengths, strict=True))
 
 
-def write_samples(path, step, rollout, examples, tokenizer):
-    """Append the first four responses of this step to samples.jsonl, on rank 0, token by token."""
+def sample_rows(step, rollout, examples, tokenizer):
+    """Yield rank 0's first four responses of this step for samples.jsonl, token by token."""
     for i, tokens in enumerate(rollout.tokens[:4] if sft.rank() == 0 else []):
         row = {"step": step, "prompt": examples[i]["text"], "response": rollout.texts[i]}
         row |= {"rm_score": float(rollout.scores[i]), "gold_score": rollout.gold and rollout.gold[i]}
@@ -487,8 +488,7 @@ def write_samples(path, step, rollout, examples, tokenizer):
         row |= {"tokens": tokens, "pieces": [text[start:end] for start, end in offsets]}
         for name in ("seg", "values", "advantages", "returns"):
             row[name] = getattr(rollout, name)[i, : len(tokens)].tolist()  # [length]
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        yield row
 
 
 # Appendix: settings, stages, models
@@ -536,6 +536,9 @@ def build_missing_stages(cfg):
     flags += ["--preset", cfg.preset] if cfg.preset else []
     flags += ["--split", *map(str, cfg.split)]
     flags += [f"--{name}" for name in ("chat_template", "skip_bad_rows") if getattr(cfg, name)]
+    for name in ("resume", "save_every", "keep", "override", "max_skipped"):
+        if getattr(cfg, name) != getattr(Config, name):
+            flags += [f"--{name}", str(getattr(cfg, name))]
     if not cfg.sft:
         cfg.sft = str(Path(cfg.out) / "sft")
         run_stage(sft, cfg.sft, flags, cfg)

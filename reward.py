@@ -120,22 +120,22 @@ def main(argv=None):
     device = sft.setup(cfg.device)
     train, test = load_pairs(cfg, "rm"), load_pairs(cfg, "test")
     cfg.steps = sft.count_steps(cfg, len(train))
-    out = sft.make_folder(cfg.out)
-
+    out = sft.claim(cfg.out)
+    if sft.finished(cfg, out):
+        return
     model, tokenizer = start_model(cfg, device)
     optimizer = torch.optim.AdamW(model.parameters(), **sft.ADAM)
     print0(f"RM: {len(train):,} preference pairs, batches of {cfg.batch_size} -> {out}")
 
     sft.report_cuts(train, tokenizer, cfg, PAIR)
-    metrics = sft.Metrics(out, cfg.steps, "reward")
-    for step in range(cfg.steps):
+    run = sft.Run(cfg, out, "reward", {"model": model}, {"model": optimizer})
+    for step in run:
         began = time.perf_counter()
         pairs = sft.shard(sft.batch_rows(train, step, cfg.batch_size, cfg.seed))
         pairs = sft.encode(pairs, tokenizer, cfg, PAIR)
         losses = micro_losses(model, pairs, tokenizer, cfg, device)
         loss = sft.update(model, optimizer, losses, sft.cosine_lr(step, cfg.steps, cfg.lr, cfg.warmup))
-        metrics.log({"step": step, "loss": loss, "seconds": time.perf_counter() - began}, show="loss")
-    metrics.bar.close()
+        run.log({"step": step, "loss": loss, "seconds": time.perf_counter() - began}, "loss", pairs)
 
     result = evaluate(model, test, tokenizer, cfg, device)
     demonstrations = sft.load_share(cfg, "rm", "response")[:512]

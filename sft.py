@@ -10,16 +10,21 @@ over response tokens only: the prompt and the padding are read, never learned (S
     python sft.py --task hh --data pairs.jsonl.gz   # human preference pairs: imitate the chosen answers
     python sft.py --preset gemma-2b-tldr            # the paper's model, data and settings, on a GPU
     torchrun --nproc_per_node=2 sft.py              # the same run on two processes
+    python sft.py --resume auto                     # go on where an interrupted run was
 
 Later chapters import from here: the batch, data parallelism by hand, the update step, the run folder.
 """
 
 import contextlib
+import fcntl
+import hashlib
 import json
 import math
 import os
 import random
 import re
+import shutil
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -29,7 +34,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.distributed.checkpoint import state_dict as full
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
@@ -67,6 +75,11 @@ class Config:
     device: str = opt("", "cpu, cuda, ...; empty: cuda where there is one")
     max_prompt: int = opt(512, "tokens; longer prompts lose their beginning, never their instruction")
     max_response: int = opt(128, "tokens, EOS included; longer responses lose their end")
+    resume: str = opt("", "auto: go on from the newest complete checkpoint in --out; empty: start anew")
+    save_every: int = opt(100, "steps between checkpoints; 0: only at the end and when interrupted")
+    keep: int = opt(2, "newest checkpoints that are kept")
+    override: bool = opt(False, "resume although settings have changed")
+    max_skipped: int = opt(5, "steps in a row whose loss is not finite, after which the run ends")
 
 
 ADAM = {"betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}  # eps: SPEC 8
@@ -245,46 +258,29 @@ def _epoch_order(count, epoch, seed):
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-class Metrics:
-    """`metrics.jsonl` of one run, a line per step, and the progress bar that shows the same numbers."""
-
-    def __init__(self, folder, steps, name):
-        self.path = Path(folder) / "metrics.jsonl"
-        self.bar = tqdm(total=steps, desc=name, disable=rank() != 0, mininterval=1.0, dynamic_ncols=True)
-        if rank() == 0:
-            self.path.write_text("")
-
-    def log(self, row, show):
-        """Append `row` and show its key `show` in the bar."""
-        self.bar.set_postfix({show: f"{row[show]:.3f}"}, refresh=False)
-        self.bar.update()
-        if rank() == 0:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-
-
 def main(argv=None):
     """Fine-tune a model on demonstrations and save it, with `run.json` and `metrics.jsonl`."""
     cfg = parse(Config, "sft", argv)
     device = setup(cfg.device)
     train, test = load_share(cfg, "sft", "response"), load_share(cfg, "test", "response")[:256]
-    out = make_folder(cfg.out)
     cfg.steps = count_steps(cfg, len(train))
+    out = claim(cfg.out)
+    if finished(cfg, out):
+        return
     model, tokenizer = start_model(cfg, train)
     model.to(device)
     broadcast_parameters(model)
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
     print0(f"SFT: {len(train):,} demonstrations, {model.num_parameters():,} parameters -> {out}")
     report_cuts(train, tokenizer, cfg)
-    metrics = Metrics(out, cfg.steps, "sft")
-    for step in range(cfg.steps):
+    run = Run(cfg, out, "sft", {"model": model}, {"model": optimizer})
+    for step in run:
         began = time.perf_counter()
         examples = encode(shard(batch_rows(train, step, cfg.batch_size, cfg.seed)), tokenizer, cfg)
         token_count = float(all_sum(sum(len(e["response"]) for e in examples)))
         losses = micro_losses(model, examples, tokenizer, token_count, cfg.micro_batch_size, device)
         loss = update(model, optimizer, losses, cosine_lr(step, cfg.steps, cfg.lr, cfg.warmup))
-        metrics.log({"step": step, "loss": loss, "seconds": time.perf_counter() - began}, show="loss")
-    metrics.bar.close()
+        run.log({"step": step, "loss": loss, "seconds": time.perf_counter() - began}, "loss", examples)
 
     loss = held_out_loss(model, encode(test, tokenizer, cfg), tokenizer, cfg, device)
     print0(f"SFT: cross-entropy {loss:.3f} nats a token on {len(test)} held-out demonstrations")
@@ -311,16 +307,344 @@ def save_run(parts, out, cfg=None, result=None):
 
     Those are `run.json`, written last: a stage's folder that has one is complete.
     """
-    for part in parts if rank() == 0 else []:
-        part.save_pretrained(out)
-    if cfg and rank() == 0:
-        run = {"config": asdict(cfg), "result": result}
-        (Path(out) / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+
+    def save():
+        try:
+            for part in parts:
+                part.save_pretrained(out)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"cannot save the model in {out}: {error}") from None
+        sync(*(path for path in Path(out).iterdir() if parts and path.is_file()))
+        if cfg:
+            write_json(Path(out) / "run.json", {"config": asdict(cfg), "result": result})
+
+    on_rank0(save)  # no rank may read the folder before it is complete
+
+
+# Appendix: runs that are not lost, settings and errors, models and tokenizers, tasks, the toy
+
+# No run is ever lost. Noise is a pure function of (seed, step, prompt), data order and schedules are pure
+# functions of the step, and nothing draws from a global generator (their states are saved all the same). So
+# weights, optimizer state and the step make an interrupted run go on as if nothing had happened.
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
+# Settings that may differ when a run goes on: they cannot change its result.
+FREE = {"out", "device", "micro_batch_size", "resume", "save_every", "keep", "override", "max_skipped"}
+FREE |= {"terminations", "shard"}
+GATHER = full.StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole tensors, on rank 0's CPU
+_claimed = {}  # {folder: its locked file}, held until the process ends
+
+
+class Run:
+    """A training run: `for step in run` yields the steps that are left, and saves a checkpoint between them.
+
+    models: {name: module}; optimizers: {name: its optimizer} of those that learn. OUT/checkpoints/step-000020
+    is the state after 20 steps. On SIGINT or SIGTERM the step under way is finished and saved.
+    """
+
+    def __init__(self, cfg, out, name, models, optimizers):
+        self.cfg, self.out, self.models, self.optimizers = cfg, Path(out), models, optimizers
+        self.folder, self.signal = self.out / "checkpoints", 0
+        self.last, state = on_rank0(find_checkpoint, cfg, self.out)  # the newest complete checkpoint
+        self.first, self.counters = state["step"], state["counters"]
+        if self.last and (changes := changed(cfg, state["config"])) and not cfg.override:
+            fail(f"{self.last} has other settings: {'; '.join(changes)} (--override goes on with the new)")
+        if self.last:
+            self.load()
+            print0(f"{name}: goes on from {self.last}, {self.first} of {cfg.steps} steps are done")
+        else:
+            torch.manual_seed(cfg.seed)  # whatever this process has done before
+        on_rank0(self.cut, state["offsets"])
+        bar = {"total": cfg.steps, "initial": self.first, "desc": name, "disable": rank() != 0}
+        self.bar = tqdm(**bar, mininterval=1.0, dynamic_ncols=True)
+
+    def __iter__(self):
+        """Yield the number of every step that is left to do."""
+        before = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for step in range(self.first, self.cfg.steps):
+                yield step
+                number, done = self.stopped(), step + 1
+                due = self.cfg.save_every and done % self.cfg.save_every == 0
+                if due or number or done == self.cfg.steps:
+                    self.save(done)
+                if number:
+                    self.bar.close()
+                    name = signal.Signals(number).name
+                    print0(f"{name}: saved {self.last}; the same command with --resume auto goes on from it")
+                    raise SystemExit(128 + number)
+        finally:
+            self.bar.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self.signal:  # it came while the last checkpoint was being written
+            os.kill(os.getpid(), self.signal)
+
+    def stop(self, number, frame):
+        """Signal handler: remember the first signal; a second one ends the process at once."""
+        self.signal = number
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
+    def stopped(self):
+        """The signal that any of the ranks has received, 0 for none; all ranks agree on it."""
+        number = torch.tensor(self.signal)
+        if world() > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+    def log(self, row, show, batch=()):
+        """Append `row` to metrics.jsonl and show its key `show` in the bar.
+
+        A loss that is not finite stands for a skipped update. After max_skipped such rows one after the other
+        the run ends, and leaves `batch`, a list of this rank's examples, in bad_batch.json.
+        """
+        self.bar.set_postfix({show: f"{row[show]:.3f}"}, refresh=False)
+        self.bar.update()
+        skipped = not all(math.isfinite(row[key]) for key in row if key.endswith("loss"))
+        self.counters["skipped"] += skipped
+        self.counters["in_a_row"] = skipped * (self.counters["in_a_row"] + 1)
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self.append("metrics.jsonl", [finite])  # JSON has no NaN
+        if self.counters["in_a_row"] >= self.cfg.max_skipped:
+            parts = [list(batch)] * world()
+            if world() > 1:
+                dist.all_gather_object(parts, list(batch))
+            path, bad = self.out / "bad_batch.json", {"step": row["step"], "batch_of_each_rank": parts}
+            on_rank0(self.attempt, "write bad_batch.json", write_json, path, bad)
+            self.bar.close()
+            text = "the loss is no longer finite: lower --lr (or --critic_lr)"
+            text += f"; {self.cfg.max_skipped} steps in a row were skipped"
+            fail(f"{text}, the last batch is in {path}, the last checkpoint is {self.last}")
+
+    def append(self, name, rows):
+        """Append rows to one of the run's LOGS, on rank 0."""
+        on_rank0(self.attempt, f"write {name}", append_rows, self.out / name, rows)
+
+    def attempt(self, what, action, *args):
+        """Run an action on storage; where it fails, nothing half-written stays, and the error says all."""
+        try:
+            return action(*args)
+        except (OSError, SafetensorError) as error:
+            for leftover in self.folder.glob(".tmp-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            self.bar.close()  # or the error would stand behind it in the same line
+            reason = getattr(error, "strerror", None) or error
+            last = f"the last complete checkpoint is {self.last or '(none yet)'}"
+            raise OSError(f"cannot {what} in {self.out}: {reason}; {last} (--resume auto)") from None
+
+    def save(self, step):
+        """Save the state after `step` steps: all ranks gather it, rank 0 writes it, file by file."""
+        for name, optimizer in self.optimizers.items():
+            model, same = self.models[name], tied(self.models[name])
+            weights = full.get_model_state_dict(model, options=GATHER)
+            weights = {key: x.contiguous() for key, x in weights.items() if same.get(key, key) == key}
+            on_rank0(self.attempt, "save a checkpoint", self.write, step, name, weights)
+            del weights  # of a large model there is no room for both
+            state = full.get_optimizer_state_dict(model, optimizer, options=GATHER).get("state", {})
+            state = {f"{key} {kind}": x for key, entry in state.items() for kind, x in entry.items()}
+            on_rank0(self.attempt, "save a checkpoint", self.write, step, f"{name}.optimizer", state)
+        self.last = on_rank0(self.attempt, "save a checkpoint", self.complete, step)
+
+    def write(self, step, name, tensors):
+        """Write one file of a checkpoint, which has a temporary name until it is complete."""
+        folder = self.folder / f".tmp-step-{step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / f"{name}.safetensors")
+
+    def complete(self, step):
+        """Add step, settings, generators and manifest; once all is on the disk, give the folder its name."""
+        generators = {"torch": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            generators["cuda"] = torch.cuda.get_rng_state()
+        self.write(step, "generators", generators)
+        folder, final = self.folder / f".tmp-step-{step:06d}", self.folder / f"step-{step:06d}"
+        logs = [self.out / name for name in LOGS if (self.out / name).exists()]
+        sync(*logs)
+        state = {"step": step, "offsets": {path.name: path.stat().st_size for path in logs}}
+        write_json(folder / "state.json", state | {"counters": self.counters, "config": asdict(self.cfg)})
+        sizes = {path.name: [path.stat().st_size, digest(path)] for path in sorted(folder.iterdir())}
+        write_json(folder / "manifest.json", sizes)
+        sync(*folder.iterdir(), folder)
+        remove(final)  # a damaged one
+        folder.rename(final)
+        sync(self.folder)
+        saved = checkpoints(self.out)  # those behind this one are damaged, or it would not have been made
+        for path in set(saved) - set(saved[: saved.index(final) + 1][-self.cfg.keep :]):
+            remove(path)
+        return final
+
+    def load(self):
+        """Put the checkpoint into models and optimizers, on any number of ranks; rank 0 reads it."""
+        options = full.StateDictOptions(full_state_dict=True, broadcast_from_rank0=world() > 1)
+        for name, optimizer in self.optimizers.items():
+            model, weights = self.models[name], tensors_of(self.last / f"{name}.safetensors")
+            weights |= {key: weights[first] for key, first in tied(model).items() if first in weights}
+            state = full.get_optimizer_state_dict(model, optimizer, options=GATHER)
+            if rank() == 0:
+                state["state"] = {}
+            for place, x in tensors_of(self.last / f"{name}.optimizer.safetensors").items():
+                key, kind = place.split(" ")
+                state["state"].setdefault(key, {})[kind] = x
+            try:
+                full.set_model_state_dict(model, weights, options=options)
+                full.set_optimizer_state_dict(model, optimizer, state, options=options)
+            except (KeyError, RuntimeError) as error:
+                fail(f"{self.last} does not fit the model: {str(error).strip().splitlines()[-1].strip()}")
+        generators = on_rank0(load_file, self.last / "generators.safetensors")
+        torch.set_rng_state(generators["torch"])
+        if torch.cuda.is_available() and "cuda" in generators:
+            torch.cuda.set_rng_state(generators["cuda"])
+
+    def cut(self, offsets):
+        """Cut the logs back to where the run goes on; a new run removes the checkpoints of the one before."""
+        (self.out / "run.json").unlink(missing_ok=True)  # from here on the folder is not finished
+        for leftover in (*self.out.glob(".tmp-*"), *self.folder.glob(".tmp-*")):
+            remove(leftover)
+        if not self.last and (old := checkpoints(self.out)):
+            print(f"starting anew: {len(old)} checkpoints in {self.folder} are removed", flush=True)
+            remove(self.folder)
+        for path in (self.out / name for name in LOGS if (self.out / name).exists()):
+            os.truncate(path, min(offsets.get(path.name, 0), path.stat().st_size))
+
+
+def claim(path):
+    """Create a run's folder and hold it until this process ends: two runs would destroy each other's."""
+    folder = make_folder(path)
+    on_rank0(lock, folder)
+    return folder
+
+
+def lock(folder):
+    """Lock a folder for this process; the system unlocks it even after kill -9.  OSError if it is taken"""
+    if folder.resolve() not in _claimed:
+        file = (folder / "run.lock").open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise OSError(f"another run, pid {file.read() or 'unknown'}, writes to {folder}") from None
+        file.truncate(0)
+        print(os.getpid(), end="", file=file, flush=True)
+        _claimed[folder.resolve()] = file
+
+
+def finished(cfg, out):
+    """Whether --resume auto finds this run finished, so that there is nothing left to do."""
+    path = Path(out) / "run.json"
+    made = on_rank0(lambda: json.loads(path.read_text())["config"] if path.exists() else None)
+    if cfg.resume != "auto" or made is None:
+        return False
+    if (changes := changed(cfg, made)) and not cfg.override:
+        fail(f"{out} is finished, with other settings: {'; '.join(changes)} (--override trains on)")
+    if not changes:
+        print0(f"{out} is already finished")
+    return not changes
+
+
+def changed(cfg, made):
+    """Settings in which `cfg` differs from those that something was `made` with, as texts."""
+    free = FREE | ({"steps"} if cfg.epochs else set())  # then the epochs and the rows set the steps
+    now = {name: value for name, value in asdict(cfg).items() if name in made and name not in free}
+    return [f"--{name} was {made[name]!r}, is {now[name]!r}" for name in now if made[name] != now[name]]
+
+
+def checkpoints(out):
+    """Folders of the checkpoints in a run's folder, oldest first."""
+    return sorted((Path(out) / "checkpoints").glob("step-*"), key=lambda path: (len(path.name), path.name))
+
+
+def find_checkpoint(cfg, out):
+    """The checkpoint to go on from and its state; (None, the state of a new run) where there is none."""
+    saved = checkpoints(out) if cfg.resume else []
+    for folder in reversed(saved):
+        if not (reason := damage(folder)):
+            return folder, json.loads((folder / "state.json").read_text())
+        print(f"warning: {folder} is skipped: {reason}", file=sys.stderr, flush=True)
+    if saved:
+        raise OSError(f"no checkpoint in {out} is complete; without --resume the run starts anew")
+    return None, {"step": 0, "offsets": {}, "counters": {"skipped": 0, "in_a_row": 0}}
+
+
+def damage(folder):
+    """What is wrong with a checkpoint, compared with its manifest; None if nothing is."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for name, (size, sha256) in manifest.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if (folder / name).stat().st_size != size:
+                return f"{name} has {(folder / name).stat().st_size:,} bytes instead of {size:,}"
+            if digest(folder / name) != sha256:
+                return f"{name} is damaged: its SHA-256 differs"
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return f"it cannot be read: {error}"
+
+
+def digest(path):
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensors_of(path):
+    """The tensors of a safetensors file, {name: tensor}, on rank 0; {} on the others."""
+    return load_file(path) if rank() == 0 else {}
+
+
+def tied(model):
+    """{name: first name of the same parameter}; tied weights have two names, and are saved once."""
+    first = {}
+    return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def on_rank0(action, *args):
+    """What `action(*args)` returns on rank 0, for every rank; an OSError there ends all of them."""
+    result = [None, None]
+    if rank() == 0:
+        try:
+            result[0] = action(*args)
+        except (OSError, SafetensorError) as error:
+            text = getattr(error, "strerror", None)
+            result[1] = f"{error.filename}: {text}" if text else str(error)
     if world() > 1:
-        dist.barrier()  # no rank may read the folder before it is complete
+        dist.broadcast_object_list(result, src=0)
+    if result[1]:
+        fail(result[1])
+    return result[0]
 
 
-# Appendix: settings and errors, models and tokenizers, tasks, the toy
+def write_json(path, value):
+    """Write a JSON file in one move: nobody will ever see half of it."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    sync(temporary)
+    temporary.rename(path)
+
+
+def append_rows(path, rows):
+    """Append rows to a .jsonl file."""
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def sync(*paths):
+    """Wait until files and folders are on the disk, and not only in the system's memory."""
+    for path in paths:
+        place = os.open(path, os.O_RDONLY)
+        os.fsync(place)
+        os.close(place)
+
+
+def remove(path):
+    """Remove a file, or a folder such that a kill in between leaves none that looks complete."""
+    if path.is_dir():
+        path = path.rename(path.with_name(f".tmp-old-{path.name}"))
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def fail(message):
@@ -363,6 +687,11 @@ def check(cfg):
         fail(f"--task {cfg.task} needs --data FILE")
     if len(cfg.split) != 3 or min(cfg.split) < 0 or not 99.9 < sum(cfg.split) < 100.1:
         fail(f"--split must be three percentages that add up to 100, got {cfg.split}")
+    for name, least in (("save_every", 0), ("keep", 1), ("max_skipped", 1)):
+        if getattr(cfg, name) < least:
+            fail(f"--{name} must be {least} or more, got {getattr(cfg, name)}")
+    if cfg.resume not in ("", "auto"):
+        fail(f"--resume must be auto or empty, got {cfg.resume!r}")
     if not 0 <= cfg.seed < 2**63:
         fail(f"--seed must be 0 or more and below 2**63, got {cfg.seed}")
     try:

@@ -360,6 +360,7 @@ def test_missing_stages_are_built_with_the_users_task_data_model_and_seed(monkey
     cfg = ma_ppo.Config(task="hh", data=["a b.jsonl", "c.jsonl"], model="gpt2", seed=7, out=str(tmp_path))
     ma_ppo.build_missing_stages(cfg)
     common = ["--task", "hh", "--seed", "7", "--data", "a b.jsonl", "c.jsonl", "--model", "gpt2"]
+    common += ["--split", "20", "40", "40"]
     paths = str(tmp_path / "sft"), str(tmp_path / "reward")
     assert called == [
         ("sft", [*common, "--out", paths[0]]),
