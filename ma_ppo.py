@@ -120,7 +120,7 @@ def draw(logprobs, uniforms):
     """Sample by inverting the cumulative distribution.  logprobs [B, V], uniforms [B] -> LongTensor [B]"""
     cdf = logprobs.double().exp().cumsum(-1)  # [B, V]; double: 100,000 small probabilities must add up
     drawn = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(1)  # [B]
-    return drawn.clamp(max=logprobs.shape[1] - 1)  # NaN has no place: the loss will stop the run
+    return drawn.clamp(max=logprobs.shape[1] - 1)  # NaN has no place: the update will be skipped
 
 
 @torch.no_grad()
@@ -494,7 +494,7 @@ def write_samples(path, step, rollout, examples, tokenizer):
         for name in ("seg", "values", "advantages", "returns"):
             row[name] = getattr(rollout, name)[i, : len(tokens)].tolist()  # [length]
         with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(sft.json_line(row))
 
 
 # Appendix: settings, stages, models

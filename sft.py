@@ -245,7 +245,8 @@ def update(model, optimizer, micro_losses, lr, max_norm=1.0):
     """One optimizer step on the sum of `micro_losses`, functions of which each computes one loss.
 
     Gradients add up over micro-batches and ranks, and every loss is already divided by the batch-wide token
-    count: neither changes the update. Clips the gradient's norm at `max_norm`. Returns the loss, a float.
+    count: neither changes the update. Clips the gradient's norm at `max_norm`. Returns the loss, a float; NaN
+    if it or the gradient is not finite: then nothing is updated.
     """
     optimizer.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
@@ -255,12 +256,13 @@ def update(model, optimizer, micro_losses, lr, max_norm=1.0):
         with summed_over_ranks(buckets if i == len(micro_losses) else []):
             loss.backward()
         total += loss.detach().double().cpu()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    total = float(all_sum(total))
+    if not (math.isfinite(total) and math.isfinite(norm)):  # the same on all ranks, so all of them skip
+        return math.nan
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    if not math.isfinite(total := float(all_sum(total))):  # the same on all ranks, so all of them stop
-        fail("the loss is no longer finite: lower --lr (or --critic_lr)")
     return total
 
 
@@ -297,7 +299,12 @@ class Metrics:
         self.bar.update()
         if rank() == 0:
             with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json_line(row))
+
+
+def json_line(row):
+    """A row as a line of JSON, in which null stands for what is not finite: JSON has no NaN."""
+    return json.dumps(json.loads(json.dumps(row), parse_constant=lambda name: None)) + "\n"
 
 
 def main(argv=None):

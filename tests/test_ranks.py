@@ -1,6 +1,7 @@
 """Several processes: the same gradients, the same model, and no rank that hangs or dies unseen."""
 
 import copy
+import math
 import multiprocessing
 import os
 import socket
@@ -178,3 +179,30 @@ def race():
 @pytest.mark.skipif("SLOW" not in os.environ, reason="minutes on an idle machine; run it with SLOW=1")
 def test_gradient_averaging_takes_no_longer_than_that_of_ddp():
     on_ranks(2, race)
+
+
+# Guards
+
+
+def poison_one_rank(kind):
+    model = llama()
+    optimizer, (x,) = torch.optim.AdamW(model.parameters(), **sft.ADAM), batches_of_this_rank(1)
+    before = copy.deepcopy(model.state_dict())
+    one = torch.arange(16) == 3  # number among thousands
+    if kind == "gradient" and sft.rank() == 1:
+        hook = model.model.norm.weight.register_hook(lambda g: g.masked_fill(one, torch.nan))
+    factor = torch.inf if kind == "infinite loss" and sft.rank() == 1 else 1.0
+    assert math.isnan(sft.update(model, optimizer, [lambda: loss_of(model, x) * factor], lr=0.1))
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert not optimizer.state
+    if kind == "gradient" and sft.rank() == 1:
+        hook.remove()
+    assert math.isfinite(sft.update(model, optimizer, [lambda: loss_of(model, x)], lr=0.1))
+    assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
+    parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert torch.equal(2 * parameters, sft.all_sum(parameters))
+
+
+@pytest.mark.parametrize("kind", ["gradient", "infinite loss"])
+def test_what_is_not_finite_on_one_rank_makes_all_ranks_skip_that_update_and_no_other(kind):
+    on_ranks(2, poison_one_rank, kind)
