@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -120,7 +121,7 @@ def draw(logprobs, uniforms):
     """Sample by inverting the cumulative distribution.  logprobs [B, V], uniforms [B] -> LongTensor [B]"""
     cdf = logprobs.double().exp().cumsum(-1)  # [B, V]; double: 100,000 small probabilities must add up
     drawn = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(1)  # [B]
-    return drawn.clamp(max=logprobs.shape[1] - 1)  # NaN has no place: the loss will stop the run
+    return drawn.clamp(max=logprobs.shape[1] - 1)  # NaN has no place: the update will be skipped
 
 
 @torch.no_grad()
@@ -380,12 +381,13 @@ def improve(rollout, models, optimizers, step, cfg):
 
 
 def policy_losses(rollout, policy, token_count, cfg, seen):
-    """Yield the policy loss of one micro-batch after the other, each divided by the batch-wide token count.
+    """A function for each micro-batch that computes its policy loss, divided by the batch-wide token count.
 
-    Appends (clipped ratios, number of ratios, smallest, largest) of each to the list `seen`; a ratio belongs
-    to a token, or with --ratio macro to a macro action.
+    Each appends (clipped ratios, number of ratios, smallest, largest) to the list `seen`; a ratio is one
+    of a token, or with --ratio macro of a macro action.
     """
-    for part in sft.micro_slices(len(rollout.texts), cfg.micro_batch_size):
+
+    def one_loss(part):
         batch = rollout.batch.rows(part)
         old, seg = rollout.logprobs[part], rollout.seg[part] if cfg.ratio == "macro" else None
         logprobs, _, _ = token_logprobs(policy, batch, cfg)
@@ -394,16 +396,21 @@ def policy_losses(rollout, policy, token_count, cfg, seen):
         outside = float(((ratio - 1).abs() > cfg.clip).sum())
         seen.append((outside, ratio.numel(), float(ratio.min()), float(ratio.max())))
         loss = policy_loss(logprobs, old, rollout.advantages[part], batch.mask, cfg.clip, seg)
-        yield loss * batch.mask.sum() / token_count
+        return loss * batch.mask.sum() / token_count
+
+    return [partial(one_loss, part) for part in sft.micro_slices(len(rollout.texts), cfg.micro_batch_size)]
 
 
 def value_losses(rollout, critic, token_count, cfg):
-    """Yield the value loss of one micro-batch after the other, each divided by the batch-wide token count."""
-    for part in sft.micro_slices(len(rollout.texts), cfg.micro_batch_size):
+    """A function for each micro-batch that computes its value loss, divided by the batch-wide token count."""
+
+    def one_loss(part):
         batch = rollout.batch.rows(part)
         values = state_values(critic, batch)  # [B, T]
         loss = value_loss(values, rollout.values[part], rollout.returns[part], batch.mask, cfg.clip)
-        yield loss * batch.mask.sum() / token_count
+        return loss * batch.mask.sum() / token_count
+
+    return [partial(one_loss, part) for part in sft.micro_slices(len(rollout.texts), cfg.micro_batch_size)]
 
 
 def main(argv=None):

@@ -172,10 +172,13 @@ def load_tokenizer(folder):
 
 
 def micro_losses(model, pairs, tokenizer, cfg, device):
-    """Yield one loss per micro-batch of pairs, both responses of a pair in one forward pass."""
-    for part in sft.micro_slices(len(pairs), cfg.micro_batch_size):
+    """A function for each micro-batch of pairs that computes its loss, in one forward pass."""
+
+    def loss(part):
         scores = pair_scores(model, pairs[part], tokenizer, device)  # [2, pairs]
-        yield preference_loss(scores[0], scores[1], cfg.batch_size)
+        return preference_loss(scores[0], scores[1], cfg.batch_size)
+
+    return [functools.partial(loss, part) for part in sft.micro_slices(len(pairs), cfg.micro_batch_size)]
 
 
 def pair_scores(model, pairs, tokenizer, device):

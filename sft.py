@@ -27,8 +27,9 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -203,15 +204,55 @@ def broadcast_parameters(model):
             dist.broadcast(p.data, src=0)
 
 
-def reduce_gradients(parameters):
-    """Sum the gradients over all ranks: flatten into one vector, all_reduce once, copy the parts back."""
-    if world() == 1:
-        return
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in grads])  # [number of parameters]
-    dist.all_reduce(flat)
-    for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-        g.copy_(part.view_as(g))
+BUCKET = 25e6  # bytes: large enough to be sent at full speed, small enough that the first leaves early
+
+
+def gradient_buckets(model):
+    """Give a model's parameters gradients of 0 that lie one behind the other in vectors of about 25 MB.
+
+    In reverse order: a backward pass begins with the last parameters, so the first vector is complete first.
+    Returns [(vector, its parameters), ...].
+    """
+    groups = [[]]
+    for p in reversed([p for p in model.parameters() if p.requires_grad]):
+        if groups[-1] and sum(other.nbytes for other in groups[-1]) + p.nbytes > BUCKET:
+            groups.append([])
+        groups[-1].append(p)
+    vectors = [group[0].new_zeros(sum(p.numel() for p in group)) for group in groups]  # [numbers in it]
+    for group, vector in zip(groups, vectors, strict=True):
+        for p, part in zip(group, vector.split([p.numel() for p in group]), strict=True):
+            p.grad = part.view_as(p)  # the backward pass adds in place, so nothing is ever copied
+    return list(zip(vectors, groups, strict=True))
+
+
+@contextmanager
+def summed_over_ranks(buckets):
+    """Sum gradients over all ranks while the backward pass in this block still computes others.
+
+    A bucket leaves as soon as it holds all its gradients and the buckets before it have left: ranks that sent
+    in different orders would add up different things. What is never used is sent behind the backward pass.
+    """
+    missing = [len(parameters) for _, parameters in buckets]
+    sent = []
+
+    def arrived(place, p):
+        missing[place] -= 1
+        while len(sent) < len(buckets) and missing[len(sent)] == 0:
+            sent.append(dist.all_reduce(buckets[len(sent)][0], async_op=True))
+
+    hooks = [
+        p.register_post_accumulate_grad_hook(partial(arrived, place))
+        for place, (_, parameters) in enumerate(buckets)
+        for p in parameters
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    sent += [dist.all_reduce(vector, async_op=True) for vector, _ in buckets[len(sent) :]]
+    for bucket in sent:
+        bucket.wait()
 
 
 def micro_slices(count, size):
@@ -220,23 +261,27 @@ def micro_slices(count, size):
 
 
 def update(model, optimizer, micro_losses, lr, max_norm=1.0):
-    """One optimizer step on the sum of `micro_losses`, an iterator that is run one backward pass at a time.
+    """One optimizer step on the sum of `micro_losses`, functions of which each computes one loss.
 
     Gradients add up over micro-batches and ranks, and every loss is already divided by the batch-wide token
-    count: neither changes the update. Clips the gradient's norm at `max_norm`. Returns the loss, a float.
+    count: neither changes the update. Clips the gradient's norm at `max_norm`. Returns the loss, a float; NaN
+    if it or the gradient is not finite: then nothing is updated.
     """
     optimizer.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
-    for loss in micro_losses:
-        loss.backward()
+    buckets = gradient_buckets(model) if world() > 1 else []
+    for i, micro_loss in enumerate(micro_losses, 1):
+        loss = micro_loss()
+        with summed_over_ranks(buckets if i == len(micro_losses) else []):
+            loss.backward()
         total += loss.detach().double().cpu()
-    reduce_gradients(model.parameters())
-    torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    total = float(all_sum(total))
+    if not (math.isfinite(total) and math.isfinite(norm)):  # the same on all ranks, so all of them skip
+        return math.nan
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    if not math.isfinite(total := float(all_sum(total))):  # the same on all ranks, so all of them stop
-        fail("the loss is no longer finite: lower --lr (or --critic_lr)")
     return total
 
 
@@ -288,10 +333,13 @@ def main(argv=None):
 
 
 def micro_losses(model, examples, tokenizer, token_count, size, device):
-    """Yield the loss of one micro-batch after the other, each divided by the batch-wide `token_count`."""
-    for part in micro_slices(len(examples), size):
+    """A function for each micro-batch that computes its loss, divided by the batch-wide `token_count`."""
+
+    def loss(part):
         prompts, responses = [e["prompt"] for e in examples[part]], [e["response"] for e in examples[part]]
-        yield sft_loss(model, make_batch(prompts, responses, tokenizer.pad_token_id, device), token_count)
+        return sft_loss(model, make_batch(prompts, responses, tokenizer.pad_token_id, device), token_count)
+
+    return [partial(loss, part) for part in micro_slices(len(examples), size)]
 
 
 @torch.no_grad()
@@ -299,7 +347,7 @@ def held_out_loss(model, examples, tokenizer, cfg, device):
     """Cross-entropy in nats per response token on held-out examples; every rank computes all of it."""
     token_count = sum(len(e["response"]) for e in examples)
     losses = micro_losses(model, examples, tokenizer, token_count, cfg.micro_batch_size, device)
-    return sum(float(loss) for loss in losses)
+    return sum(float(loss()) for loss in losses)
 
 
 def save_run(parts, out, cfg=None, result=None):
@@ -404,8 +452,7 @@ class Run:
         skipped = not all(math.isfinite(row[key]) for key in row if key.endswith("loss"))
         self.counters["skipped"] += skipped
         self.counters["in_a_row"] = skipped * (self.counters["in_a_row"] + 1)
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self.append("metrics.jsonl", [finite])  # JSON has no NaN
+        self.append("metrics.jsonl", [row])
         if self.counters["in_a_row"] >= self.cfg.max_skipped:
             parts = [list(batch)] * world()
             if world() > 1:
@@ -627,7 +674,12 @@ def write_json(path, value):
 def append_rows(path, rows):
     """Append rows to a .jsonl file."""
     with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(json_line(row) for row in rows)
+
+
+def json_line(row):
+    """A row as a line of JSON, in which null stands for what is not finite: JSON has no NaN."""
+    return json.dumps(json.loads(json.dumps(row), parse_constant=lambda name: None)) + "\n"
 
 
 def sync(*paths):

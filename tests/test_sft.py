@@ -152,8 +152,8 @@ def test_the_micro_batch_size_does_not_change_the_parameters_after_an_update():
 def test_an_update_sums_its_losses_clips_the_norm_and_sets_the_learning_rate():
     weight = torch.nn.Linear(2, 1, bias=False)
     torch.nn.init.zeros_(weight.weight)
-    losses = [3 * weight.weight[0, 0], 4 * weight.weight[0, 1] + 1]  # gradient (3, 4), norm 5
-    loss = sft.update(weight, torch.optim.SGD(weight.parameters(), lr=99), iter(losses), lr=0.5, max_norm=1)
+    losses = [lambda: 3 * weight.weight[0, 0], lambda: 4 * weight.weight[0, 1] + 1]  # gradient (3, 4), norm 5
+    loss = sft.update(weight, torch.optim.SGD(weight.parameters(), lr=99), losses, lr=0.5, max_norm=1)
     assert loss == 1
     assert weight.weight[0].tolist() == pytest.approx([-0.5 * 3 / 5, -0.5 * 4 / 5], abs=1e-5)
 
