@@ -14,6 +14,7 @@ and `macro_gae`: their difference is the paper's idea.
     python ma_ppo.py                                      # SFT, RM, both arms, curves: minutes on a CPU
     python ma_ppo.py --terminations token fixed control   # with the control experiment
     python ma_ppo.py --terminations fixed --n 10 --out runs/n10
+    python ma_ppo.py --task toy-code                      # programs, rewarded by unit tests: no RM
     python ma_ppo.py --task hh --data pairs.jsonl.gz      # real preference pairs
     torchrun --nproc_per_node=2 ma_ppo.py                 # the same run on two processes
 """
@@ -68,7 +69,7 @@ class Config(sft.Config):
     temperature: float = opt(1.0, "of sampling, and of every log-probability (paper: 0.8)")
     top_k: int = opt(0, "sample from the k likeliest tokens only (paper: 50); 0: from all")
     top_p: float = opt(1.0, "sample from the likeliest tokens that make up this probability; 1: from all")
-    no_eos_score: float = opt(-4.0, "score of a response that does not end by itself, instead of the RM's")
+    no_eos_score: float = opt(-4.0, "score of a response that does not end by itself (programs: -1)")
     save_every: int = opt(20, "steps between checkpoints; 0: only at the end and when interrupted")
 
 
@@ -84,8 +85,9 @@ class Rollout:
     ref_logprobs: torch.Tensor = None  # [B, T] the same under the reference
     entropy: torch.Tensor = None  # [B, T] nats
     values: torch.Tensor = None  # [B, T] critic's V(s_t), s_t the state in front of token t
-    scores: torch.Tensor = None  # [B] RM score, or no_eos_score
+    scores: torch.Tensor = None  # [B] RM score, or that of the unit tests, or no_eos_score
     gold: list = None  # B gold scores, None where the task has none
+    passed: torch.Tensor = None  # [B] whether all unit tests passed, None where there are none
     starts: torch.Tensor = None  # [B, T] True where a macro action begins
     seg: torch.Tensor = None  # [B, T] number of the macro action that each token belongs to
     parse_fallback: float = 0.0  # share of sentences or programs that could not be parsed
@@ -179,8 +181,8 @@ def token_logprobs(model, batch, cfg, keep=None):
 
 @torch.no_grad()
 def judge(rollout, models, examples, tokenizer, cfg):
-    """2. Score the rollout: log-probabilities under policy and reference, values, RM scores, gold scores."""
-    names, parts = ("logprobs", "ref_logprobs", "entropy", "values", "scores"), []
+    """2. Judge the rollout: log-probabilities under policy and reference, values, scores."""
+    names, parts = ("logprobs", "ref_logprobs", "entropy", "values"), []
     for part in sft.micro_slices(len(examples), cfg.micro_batch_size):
         batch = rollout.batch.rows(part)
         logprobs, every, keep = token_logprobs(models["policy"], batch, cfg)
@@ -188,11 +190,23 @@ def judge(rollout, models, examples, tokenizer, cfg):
         ref_logprobs, _, _ = token_logprobs(models["reference"], batch, cfg, keep)
         entropy = torch.special.entr(every.exp()).sum(-1) * batch.mask  # [B, T]
         values = state_values(models["critic"], batch) * batch.mask  # [B, T]
-        scores = reward.last_token_scores(models["reward"], batch)  # [B]
-        parts.append((logprobs, ref_logprobs, entropy, values, scores))
+        parts.append((logprobs, ref_logprobs, entropy, values))
     for name, tensors in zip(names, zip(*parts, strict=True), strict=True):
         setattr(rollout, name, torch.cat(tensors))
-    rollout.scores = torch.where(ended(rollout.batch, tokenizer), rollout.scores, cfg.no_eos_score)  # [B]
+    score(rollout, models, examples, tokenizer, cfg)
+
+
+def score(rollout, models, examples, tokenizer, cfg):
+    """The RM's scores, or those of programs' unit tests (SPEC 7); no_eos_score where a response is cut."""
+    stopped = ended(rollout.batch, tokenizer)  # [B]
+    if "problem" in examples[0]:
+        scores = reward.program_rewards(rollout.texts, [example["problem"] for example in examples])
+        scores = torch.tensor(scores, device=stopped.device)  # [B]
+        rollout.passed = (scores == 1) & stopped  # [B]
+    else:
+        parts = map(rollout.batch.rows, sft.micro_slices(len(examples), cfg.micro_batch_size))
+        scores = torch.cat([reward.last_token_scores(models["reward"], part) for part in parts])  # [B]
+    rollout.scores = torch.where(stopped, scores, cfg.no_eos_score)  # [B]
     if cfg.task == "toy":
         rollout.gold = [reward.gold_score(examples[i]["text"], text) for i, text in enumerate(rollout.texts)]
 
@@ -461,6 +475,8 @@ def summary(rollout, tokenizer):
     columns = [rollout.scores, kl, mask.sum(1), stopped, macros, entropy]
     if rollout.gold:
         columns.append(torch.tensor(rollout.gold, device=mask.device))
+    if rollout.passed is not None:
+        columns.append(rollout.passed)
     table = torch.stack([c.double().cpu() for c in columns], 1)  # [B, columns]
     table = torch.tensor(reward.gather(table.tolist()), dtype=torch.float64)  # [all ranks' B, columns]
     mean, std = table.mean(0).tolist(), table.std(0, correction=0).tolist()
@@ -469,6 +485,7 @@ def summary(rollout, tokenizer):
         "rm_score_std": std[0],
         "gold_score": mean[6] if rollout.gold else None,
         "gold_score_std": std[6] if rollout.gold else None,
+        "pass_rate": mean[-1] if rollout.passed is not None else None,
         "kl": mean[1],
         "response_length": mean[2],
         "eos_rate": mean[3],
@@ -522,6 +539,8 @@ def parse(argv):
     cfg = sft.parse(Config, "ma_ppo", argv)
     if "control" in cfg.terminations and cfg.gamma != 1:
         sft.fail(f"the control matches the horizon of `fixed` at --gamma 1 only, got {cfg.gamma}")
+    if cfg.reward_model and cfg.task in sft.PROGRAMS:
+        sft.fail(f"--reward_model: unit tests give the reward of --task {cfg.task}, not a reward model")
     for names, holds, rule in RULES:
         for name in names.split():
             if not holds(getattr(cfg, name)):
@@ -549,7 +568,7 @@ def build_missing_stages(cfg):
     if not cfg.sft:
         cfg.sft = str(Path(cfg.out) / "sft")
         run_stage(sft, cfg.sft, flags, cfg)
-    if not cfg.reward_model:
+    if not cfg.reward_model and cfg.task not in sft.PROGRAMS:
         cfg.reward_model = str(Path(cfg.out) / "reward")
         run_stage(reward, cfg.reward_model, [*flags, "--sft", cfg.sft], cfg)
 
@@ -579,16 +598,18 @@ def run_stage(chapter, out, flags, cfg):
 def load_models(cfg, device):
     """Policy and reference start from the SFT model, critic and RM from the RM (SPEC 1.3).
 
+    Programs have no RM: there the critic is the SFT model's trunk under a fresh head.
     Returns ({name: model}, {name: optimizer} of the two that learn, tokenizer).
     """
     policy, tokenizer = sft.load_causal_lm(cfg.sft, cfg.max_prompt + cfg.max_response, device)
-    if reward.load_tokenizer(cfg.reward_model).get_vocab() != tokenizer.get_vocab():
-        sft.fail(f"--reward_model {cfg.reward_model} reads another vocabulary than --sft {cfg.sft}")
-    critic = reward.ScalarModel.load(cfg.reward_model, device)
-    models = {"policy": policy, "critic": critic}
-    models |= {"reference": copy.deepcopy(policy), "reward": copy.deepcopy(critic)}
-    for name in ("reference", "reward"):
-        models[name].requires_grad_(False)
+    models = {"policy": policy, "reference": copy.deepcopy(policy).requires_grad_(False)}
+    if cfg.task in sft.PROGRAMS:
+        models["critic"], _ = reward.start_model(cfg, device)
+    else:
+        if reward.load_tokenizer(cfg.reward_model).get_vocab() != tokenizer.get_vocab():
+            sft.fail(f"--reward_model {cfg.reward_model} reads another vocabulary than --sft {cfg.sft}")
+        models["critic"] = reward.ScalarModel.load(cfg.reward_model, device)
+        models["reward"] = copy.deepcopy(models["critic"]).requires_grad_(False)
     for model in models.values():
         sft.broadcast_parameters(model)
     learning = ("policy", "critic")
@@ -597,12 +618,16 @@ def load_models(cfg, device):
 
 
 def load_prompts(tokenizer, cfg):
-    """The PPO share's prompts, once each: {number, text, prompt (token list)}."""
-    rows = sft.load_share(cfg, "ppo")
-    texts = list(dict.fromkeys(row["prompt"] for row in rows))
-    sft.report_cuts([{"prompt": text} for text in texts], tokenizer, cfg, ["prompt"])
-    encoded = sft.encode([{"prompt": text} for text in texts], tokenizer, cfg, ["prompt"])
-    return [{"number": i, "text": texts[i]} | row for i, row in enumerate(encoded)]
+    """The PPO share's prompts, once each: {number, text, prompt (token list)}, programs' with {problem}."""
+    first = {}
+    for row in sft.load_share(cfg, "ppo"):
+        first.setdefault(row["prompt"], row)
+    rows = [*first.values()]
+    sft.report_cuts(rows, tokenizer, cfg, ["prompt"])
+    encoded = sft.encode(rows, tokenizer, cfg, ["prompt"])
+    tests = [{"problem": row["problem"]} if "problem" in row else {} for row in rows]
+    numbered = enumerate(zip(rows, tests, encoded, strict=True))
+    return [{"number": i, "text": row["prompt"]} | test | ids for i, (row, test, ids) in numbered]
 
 
 def draw_curves(folders, cfg):

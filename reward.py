@@ -116,6 +116,8 @@ def preference_loss(chosen, rejected, pair_count):
 def main(argv=None):
     """Train the reward model, measure it on held-out pairs, set its bias, save it."""
     cfg = sft.parse(Config, "reward", argv)
+    if cfg.task in sft.PROGRAMS:
+        sft.fail(f"--task {cfg.task} needs no reward model: unit tests give the reward; go on with ma_ppo.py")
     cfg.sft = cfg.sft or str(Path("runs") / cfg.task / "sft")
     device = sft.setup(cfg.device)
     train, test = load_pairs(cfg, "rm"), load_pairs(cfg, "test")

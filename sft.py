@@ -7,6 +7,7 @@ A language model is taught what answers look like, by imitating demonstrations a
 over response tokens only: the prompt and the padding are read, never learned (SPEC 6, fault 10).
 
     python sft.py                                   # the embedded toy task, about a minute on two cores
+    python sft.py --task toy-code                   # short programs, half of them wrong
     python sft.py --task hh --data pairs.jsonl.gz   # human preference pairs: imitate the chosen answers
     python sft.py --preset gemma-2b-tldr            # the paper's model, data and settings, on a GPU
     torchrun --nproc_per_node=2 sft.py              # the same run on two processes
@@ -58,7 +59,7 @@ def opt(default, text):
 class Config:
     """Settings of the SFT chapter; the first block is spelled the same way in every chapter."""
 
-    task: str = opt("toy", "toy (embedded); tldr, hh, webgpt, apps (hub, or --data); plain (--data)")
+    task: str = opt("toy", "toy, toy-code (embedded); tldr, hh, webgpt, apps (hub or --data); plain (--data)")
     preset: str = opt("", "a name in the table PAPER, like gemma-2b-tldr: the paper's settings")
     data: list[str] = opt([], "files of rows in place of the hub's: jsonl, json, parquet, .gz (see README)")
     split: list[float] = opt([20, 40, 40], "% of the prompts for SFT, RM and PPO, after a tenth is held out")
@@ -92,6 +93,11 @@ SMALL = {
     "ma_ppo": SHORT | {"steps": 40, "batch_size": 32, "lr": 2e-4, "critic_lr": 2e-4},
 }
 DEFAULTS = {"toy": {}} | {task: dict(SMALL) for task in ("tldr", "hh", "webgpt", "apps", "plain")}
+# Programs have no RM: unit tests give the reward. n is the paper's; the score is that of no program at all.
+PROGRAMS, NO_RM = ("toy-code", "apps"), {"split": [20, 0, 80]}
+TESTED = NO_RM | {"terminations": ["token", "fixed", "ast"], "n": 10, "no_eos_score": -1.0}
+DEFAULTS["apps"] = {chapter: SMALL[chapter] | (TESTED if chapter == "ma_ppo" else NO_RM) for chapter in SMALL}
+DEFAULTS["toy-code"] = {"sft": NO_RM, "reward": NO_RM, "ma_ppo": TESTED}
 
 
 @dataclass
@@ -733,7 +739,7 @@ def check(cfg):
             fail(f"--{name} must be positive, got {getattr(cfg, name)}")
     if cfg.batch_size % (ranks := int(os.environ.get("WORLD_SIZE", 1))):
         fail(f"--batch_size {cfg.batch_size} is not divisible by the number of ranks, {ranks}")
-    if cfg.task == "toy" and cfg.data:
+    if cfg.task.startswith("toy") and cfg.data:
         fail("--data FILE needs a task that reads it: tldr, hh, webgpt, apps or plain")
     if cfg.task == "plain" and not cfg.data:
         fail(f"--task {cfg.task} needs --data FILE")
@@ -799,12 +805,12 @@ def start_model(cfg, rows):
         return load_causal_lm(cfg.model, cfg.max_prompt + cfg.max_response)
     torch.manual_seed(cfg.seed)
     tokenizer = small_tokenizer(cfg.task, [row["prompt"] + row["response"] for row in rows])
-    hidden, layers, heads = (64, 2, 2) if cfg.task == "toy" else (128, 4, 4)
+    hidden, layers, heads = (64, 2, 2) if cfg.task.startswith("toy") else (128, 4, 4)
     size = {"hidden_size": hidden, "intermediate_size": 2 * hidden}
     size |= {"num_hidden_layers": layers, "num_attention_heads": heads}
     size["max_position_embeddings"] = max(1024, cfg.max_prompt + cfg.max_response)
     # With the usual 0.02 the toy's model does not learn to copy from the post in so few steps.
-    size["initializer_range"] = 0.1 if cfg.task == "toy" else 0.02
+    size["initializer_range"] = 0.1 if cfg.task.startswith("toy") else 0.02
     config = LlamaConfig(vocab_size=len(tokenizer), bos_token_id=None, **size)
     config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     return LlamaForCausalLM(config).eval(), tokenizer
@@ -956,6 +962,8 @@ def load_rows(task, files=(), skip_bad_rows=False):
     """
     if task == "toy":
         return [toy_row(i) for i in range(TOY_ROWS)]
+    if task == "toy-code":
+        return [code_row(i) for i in range(CODE_ROWS)]
     table = [row for path in files or ["hf://datasets/" + HUB[task]] for row in read_file(path)]
     bad = [row["bad"] for row in table if row["bad"]]
     if bad and not skip_bad_rows:
@@ -1175,11 +1183,12 @@ def paper_settings(name):
     return {
         "all": {"task": name.rsplit("-", 1)[1], "model": model, "max_prompt": 600 if code else 512,
                 "max_response": 512, "micro_batch_size": 4, "epochs": 1.0,
-                "split": [20, 0, 80] if code else [20, 40, 40]},
+                **(NO_RM if code else {})},
         "sft": dict(zip(("batch_size", "lr", "epochs"), sft, strict=True), warmup=0.0 if code else 0.1),
         "reward": {"batch_size": rm_batch, "lr": rm_lr},
         "ma_ppo": {"batch_size": batch, "lr": lr, "critic_lr": critic_lr, "beta": beta, "warmup": warmup,
-                   "temperature": 1.0 if code else 0.8, "top_k": 5 if code else 50, "n": 10 if code else 5},
+                   "temperature": 1.0 if code else 0.8, "top_k": 5 if code else 50}
+                  | (TESTED if code else {}),
     }  # fmt: skip
 
 
@@ -1260,6 +1269,96 @@ def toy_row(index):
 def toy_text(sentences):
     """Sentences as a response: each behind a space and with its full stop."""
     return "".join(f" {sentence}." for sentence in sentences)
+
+
+# toy-code, a miniature of APPS: what a function f does with a list x, told in English, with unit tests, and
+# demonstrations of which a share has a mistake. The truth is what the functions below compute, never a text.
+CODE_ROWS, CODE_WRONG, CODE_TESTS = 30_000, 0.5, 3  # problems; share with a mistake; tests of each
+# Each step: its words, its line, what it does to a list x with a number k, and what it is mistaken for.
+CODE_STEPS = dict(
+    add=("add {} to each", "x = [v + {} for v in x]", lambda x, k: [v + k for v in x], "subtract"),
+    subtract=("take {} from each", "x = [v - {} for v in x]", lambda x, k: [v - k for v in x], "add"),
+    multiply=("multiply each by {}", "x = [v * {} for v in x]", lambda x, k: [v * k for v in x], "add"),
+    above=("keep those above {}", "x = [v for v in x if v > {}]",
+        lambda x, k: [v for v in x if v > k], "below"),
+    below=("keep those below {}", "x = [v for v in x if v < {}]",
+        lambda x, k: [v for v in x if v < k], "above"),
+    even=("keep the even ones", "x = [v for v in x if v % 2 == 0]",
+        lambda x, k: [v for v in x if not v & 1], "odd"),
+    odd=("keep the odd ones", "x = [v for v in x if v % 2 == 1]",
+        lambda x, k: [v for v in x if v & 1], "even"),
+    up=("sort upwards", "x = sorted(x)", lambda x, k: sorted(x), "down"),
+    down=("sort downwards", "x = sorted(x, reverse=True)", lambda x, k: sorted(x)[::-1], "up"),
+    turn=("turn the list round", "x = x[::-1]", lambda x, k: [*reversed(x)], "down"),
+    first=("keep the first {}", "x = x[:{}]", lambda x, k: [v for i, v in enumerate(x) if i < k], "drop"),
+    drop=("drop the first {}", "x = x[{}:]", lambda x, k: [v for i, v in enumerate(x) if i >= k], "first"),
+)  # fmt: skip
+CODE_ENDS = dict(
+    sum=("return the sum", "return sum(x)", lambda x, k: sum(x), "count"),
+    count=("return the count", "return len(x)", lambda x, k: len(x), "sum"),
+    largest=("return the largest or 0", "return max(x, default=0)",
+        lambda x, k: sorted(x)[-1] if x else 0, "smallest"),
+    smallest=("return the smallest or 0", "return min(x, default=0)",
+        lambda x, k: sorted(x)[0] if x else 0, "largest"),
+    list=("return the list", "return x", lambda x, k: x, "count"),
+)  # fmt: skip
+CODE = CODE_STEPS | CODE_ENDS
+
+
+def code_output(steps, x):
+    """What a program of `steps`, a list of (name, number), returns for the list `x`: None without an end."""
+    for name, k in steps:
+        x = CODE[name][2](x, k)
+        if name in CODE_ENDS:
+            return x
+
+
+def code_text(steps):
+    """The program of `steps`."""
+    return "\n    ".join(["def f(x):", *(CODE[name][1].format(k) for name, k in steps)])
+
+
+def code_steps(rng):
+    """A random problem: its steps, and the inputs of its tests, to which not all answers are the same."""
+    while True:
+        names = [*rng.sample([*CODE_STEPS], rng.randint(2, 4)), rng.choice([*CODE_ENDS])]
+        steps = [(name, rng.randint(2, 6)) for name in names]
+        inputs = [[rng.randint(0, 12) for _ in range(8)] for _ in range(CODE_TESTS)]
+        if any(code_output(steps, x) != code_output(steps, inputs[0]) for x in inputs):
+            return steps, inputs
+
+
+def code_mistake(rng, steps, inputs):
+    """A program with one mistake, which the tests on `inputs` find."""
+    lines, line = code_text(steps).split("\n"), rng.randint(1, len(steps))
+    kind = rng.choice(("return", "name", "bracket", *["step"] * 6))
+    if kind == "return":
+        return "\n".join(lines).replace("return ", "")
+    if kind != "step":  # a list y that does not exist; a line without its last character, mostly a bracket
+        lines[line] = re.sub("x(?!.*x)", "y", lines[line]) if kind == "name" else lines[line][:-1]
+        return "\n".join(lines)
+    while True:
+        i, off = rng.randrange(len(steps)), rng.choice((-1, 1))
+        (name, k), before, after = steps[i], steps[:i], steps[i + 1 :]
+        swapped = [*before, *steps[i : i + 2][::-1], *after[1:]]
+        other, by_one = [*before, (CODE[name][3], k), *after], [*before, (name, k + off), *after]
+        wrong = rng.choice((other, by_one, swapped, before + after))  # the last one forgets a step
+        if any(code_output(wrong, x) != code_output(steps, x) for x in inputs):
+            return code_text(wrong)
+
+
+def code_row(index):
+    """Problem number `index` with a demonstration, as APPS has them: {prompt, response, problem, number}."""
+    rng = random.Random(f"{SPLIT_SEED} code {index}")
+    steps, inputs = code_steps(rng)
+    tests = {"fn_name": "f", "inputs": [[x] for x in inputs]}
+    tests["outputs"] = [code_output(steps, x) for x in inputs]
+    words = [CODE[name][0].format(k) for name, k in steps]
+    row = {"question": f"With the list x: {', '.join(words)}.", "starter_code": "def f(x):"}
+    wrong = rng.random() < CODE_WRONG
+    row["solutions"] = [code_mistake(rng, steps, inputs) if wrong else code_text(steps)]
+    row |= {"input_output": tests, "difficulty": f"{len(steps)} statements"}
+    return apps_row(row) | {"number": index}
 
 
 if __name__ == "__main__":
