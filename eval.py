@@ -6,7 +6,8 @@ target is the first run's start + a share of its gain; divide a run's first step
 
     python eval.py report runs/toy                           # all that follows, in runs/toy/report.md
     python eval.py curves --run runs/toy --png curves.png    # seeds: --run runs/seed0 runs/seed1 runs/seed2
-    python eval.py duel --a runs/toy/fixed --b runs/toy/token --judge rm gold   # score, bestofn, frontier, …
+    python eval.py score --run runs/toy-code --sft           # held-out pass rates, of the SFT model too
+    python eval.py duel --a runs/toy/fixed --b runs/toy/token --judge rm gold   # bestofn, frontier, …
 """
 
 import json
@@ -37,7 +38,7 @@ SMOOTHING, RESAMPLES, ROUGE = 5, 2000, ["rouge1", "rouge2", "rougeL"]  # steps; 
 CREDIT = {"step", "pieces", "seg", "values", "advantages", "returns"}
 SCORES = {"rm_score": "RM score", "gold_score": "gold score"}
 FIGURES = ["RM score", "gold score", "gold gain (SD)", "KL", "EOS rate", "RM 50 %", "RM 90 %", "gold 50 %",
-           "gold 90 %", "s/step", "RM area", "gold area"]  # fmt: skip
+           "gold 90 %", "s/step", "RM area", "gold area", "pass rate"]  # fmt: skip
 
 
 def bootstrap(values, statistic=np.mean):
@@ -104,14 +105,14 @@ def parity(baseline, values, share):
 
 def figures(baseline, rows):
     """What a run comes to, as named in FIGURES: at the end smoothed, then parities, median, means."""
-    columns = (column(rows, key) for key in (*SCORES, "kl", "eos_rate"))
-    rm, gold, kl, eos = (values and smooth(values)[-1] for values in columns)
+    columns = (column(rows, key) for key in (*SCORES, "kl", "eos_rate", "pass_rate"))
+    rm, gold, kl, eos, passed = (values and smooth(values)[-1] for values in columns)
     known = gold is not None and rows[0]["gold_score_std"] > 0
     gain = (gold - rows[0]["gold_score"]) / rows[0]["gold_score_std"] if known else None
     pairs = [(column(baseline, key), column(rows, key)) for key in SCORES]
     ratios = [None if None in pair else parity(*pair, share) for pair in pairs for share in (0.5, 0.9)]
     seconds = sorted(row["seconds"] for row in rows)[len(rows) // 2]
-    return [rm, gold, gain, kl, eos, *ratios, seconds, *(own and fmean(own) for _, own in pairs)]
+    return [rm, gold, gain, kl, eos, *ratios, seconds, *(own and fmean(own) for _, own in pairs), passed]
 
 
 def read_rows(path, keys=frozenset()):
@@ -160,7 +161,8 @@ def paths(arms, key):
 def curves(args):
     """Learning curves in training, steps to parity with the first arm, areas under the curves (means)."""
     arms, panels, tables = arms_of(args), [], []
-    for key, title in (SCORES | {"kl": "KL to reference, nats", "response_length": "length, tokens"}).items():
+    shown = {"pass_rate": "pass rate", "kl": "KL to reference, nats", "response_length": "length, tokens"}
+    for key, title in (SCORES | shown).items():
         lines = [{"label": arm, "x": range(len(y)), "y": y.mean(1), "band": (y.min(1), y.max(1)),
                   "raw": column(arms[arm][0], key) if y.shape[1] == 1 else None}
                  for arm, y in paths(arms, key).items()]  # fmt: skip
@@ -168,8 +170,10 @@ def curves(args):
     plot(args.png, panels, f"mean of {SMOOTHING} steps")
     first, single = next(iter(arms.values())), all(len(seeds) == 1 for seeds in arms.values())
     compared = {arm: [*zip(*map(figures, first, seeds), strict=True)] for arm, seeds in arms.items()}
-    over_seeds = [(range(9), "mean" if args.mean else "range"), ((5, 6, 7, 8, 10, 11), "bootstrap")]
-    for numbers, how in [(range(10), "range")] if single else over_seeds:
+    tested = [12] if paths(arms, "pass_rate") else []
+    how = "mean" if args.mean else "range"
+    over_seeds = [([*range(9), *tested], how), ((5, 6, 7, 8, 10, 11), "bootstrap")]
+    for numbers, how in [([*range(10), *tested], "range")] if single else over_seeds:
         rows = [[arm, *(spread(values[i], how) for i in numbers)] for arm, values in compared.items()]
         tables += ["", *table(["arm", *(FIGURES[i] for i in numbers)], rows)]
     return tables[1:]
@@ -217,8 +221,9 @@ def run_config(folder, args):
 
 def drawn(args, count):
     """Yield (policy, temperature, [the scored samples of each prompt]) of every run at every temperature."""
-    for run in runs_of(args.run):
-        cfg, model = run_config(run, args)
+    runs = [(run, *run_config(run, args)) for run in runs_of(args.run)]
+    starts = {cfg.sft: (Path(cfg.sft), cfg, Path(cfg.sft)) for _, cfg, _ in runs if args.sft}
+    for run, cfg, model in [*starts.values(), *runs]:
         for t in args.temperature or [cfg.temperature]:
             found = samples(run, cfg, model, t, count, args)
             yield "/".join(run.parts[-2:]), f"{t:g}" if t else "greedy", found
@@ -228,7 +233,7 @@ def drawn(args, count):
 
 def samples(run, cfg, model, temperature, count, args):
     """`count` samples of each of args.prompts held-out prompts, kept in RUN/score or drawn -> a list each."""
-    path, weights = run / "score/samples.jsonl", (Path(x) for x in (model, cfg.sft, cfg.reward_model))
+    path, weights = run / "score/samples.jsonl", (Path(x) for x in (model, cfg.sft, cfg.reward_model) if x)
     stamp = [x.stat().st_mtime for folder in weights for x in sorted(folder.glob("*.safetensors"))]
     kept = {(row["temperature"], row["sample"], row["number"]): row for row in read_rows(path)
             if not model.is_dir() or row["drawn_with"] == stamp}  # fmt: skip
@@ -260,7 +265,7 @@ def draw(jobs, temperature, cfg, model, args):
     policy, tokenizer = sft.load_causal_lm(model, length, device)
     models = {"policy": policy, "reference": sft.load_causal_lm(cfg.sft, length, device)[0]}
     zeros = lambda batch: torch.zeros(batch.tokens.shape, device=device)  # noqa: E731  [B, P+T]
-    models |= {"critic": zeros, "reward": zeros}
+    models["critic"] = zeros
     if "problem" not in jobs[0][1]:  # where there is one, unit tests take the RM's place
         if not (Path(cfg.reward_model) / reward.HEAD).is_file():
             fail(f"{cfg.reward_model}: no reward model there")
@@ -288,28 +293,31 @@ def respond(rows, temperature, sample, models, tokenizer, cfg):
         rollout = ma_ppo.sample(models["policy"], examples, sample, tokenizer, sampling)
     ma_ppo.judge(rollout, models, examples, tokenizer, cfg)
     kl, ended = (rollout.logprobs - rollout.ref_logprobs).sum(1), ma_ppo.ended(rollout.batch, tokenizer)
-    texts, problems = rollout.texts, [row.get("problem") for row in rows]
-    scores = reward.program_rewards(texts, problems) if tested else rollout.scores
+    texts, scores = rollout.texts, rollout.scores.tolist()
+    passed = rollout.passed.tolist() if tested else [None] * len(rows)
     return [
         {"temperature": temperature, "number": row["number"], "sample": sample, "prompt": row["prompt"],
          "response": texts[i], "reference": row.get("response"), "length": len(rollout.tokens[i]),
-         "ended": bool(ended[i]), "kl": None if human else float(kl[i]), "rm_score": float(scores[i]),
-         "gold_score": rollout.gold and rollout.gold[i], "passed": bool(scores[i] == 1.0) if tested else None,
+         "ended": bool(ended[i]), "kl": None if human else float(kl[i]), "rm_score": scores[i],
+         "gold_score": rollout.gold and rollout.gold[i], "passed": passed[i],
          "difficulty": (row.get("problem") or row).get("difficulty")}
         for i, row in enumerate(rows)
     ]  # fmt: skip
 
 
 def score(args):
-    """The final policies on held-out prompts: means over prompts with bootstrap 95 % intervals."""
+    """The policies on held-out prompts: means, 95 % intervals (bootstrap; exact for one program each)."""
     lines, measured = [], [(*who, [[row | texture(row, args.rouge) for row in group] for group in groups])
                 for *who, groups in drawn(args, args.samples)]  # fmt: skip
     names = [*SCORES, "passed", "kl", "length", "ended", "distinct_1", "distinct_2", "repeated", *ROUGE]
     keys = [k for k in names if any(row.get(k) is not None for *_, gs in measured for g in gs for row in g)]
     for *who, groups in measured:
         values = ([[x for row in g if (x := row.get(key)) is not None] for g in groups] for key in keys)
-        means = (cell(*bootstrap([fmean(x) for x in prompts if x])) for prompts in values)
-        lines.append([*who, str(sum(map(len, groups))), *means])
+        means = {key: [fmean(x) for x in prompts if x] for key, prompts in zip(keys, values, strict=True)}
+        found = {key: bootstrap(x) for key, x in means.items()}
+        if args.samples == 1 and means.get("passed"):
+            found["passed"] = reward.exact_share(round(sum(means["passed"])), len(means["passed"]))
+        lines.append([*who, str(sum(map(len, groups))), *(cell(*found[key]) for key in keys)])
     return table(["policy", "temperature", "samples", *keys], lines)
 
 
@@ -558,6 +566,7 @@ class Options:
     prompts: int = opt(128, "held-out prompts to sample, the first ones")
     samples: int = opt(1, "score, passk: samples of each prompt")
     temperature: list[float] = opt([], "of sampling, one or more, 0 for greedy; default: the run's own")
+    sft: bool = opt(False, "score, bestofn, passk: the SFT models that the runs started from, too")
     references: bool = opt(False, "score: the human-written responses too")
     rouge: bool = opt(False, "score: ROUGE against the human-written responses (pip install rouge-score)")
     n: list[int] = opt([1, 2, 4, 8, 16], "bestofn: n")

@@ -1185,7 +1185,7 @@ def paper_settings(name):
                 "max_response": 512, "micro_batch_size": 4, "epochs": 1.0,
                 **(NO_RM if code else {})},
         "sft": dict(zip(("batch_size", "lr", "epochs"), sft, strict=True), warmup=0.0 if code else 0.1),
-        "reward": {"batch_size": rm_batch, "lr": rm_lr},
+        "reward": {} if code else {"batch_size": rm_batch, "lr": rm_lr},
         "ma_ppo": {"batch_size": batch, "lr": lr, "critic_lr": critic_lr, "beta": beta, "warmup": warmup,
                    "temperature": 1.0 if code else 0.8, "top_k": 5 if code else 50}
                   | (TESTED if code else {}),

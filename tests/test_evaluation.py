@@ -546,6 +546,8 @@ def test_program_tasks_are_scored_by_their_unit_tests_instead_of_the_rm(toy, tmp
         return rollout
 
     monkeypatch.setattr(ma_ppo, "sample", programs)
+    every = lambda batch, tokenizer: torch.ones(len(batch.tokens), dtype=torch.bool)  # noqa: E731
+    monkeypatch.setattr(ma_ppo, "ended", every)  # else the untrained model's cut responses score nothing
     table = printed(capsys, "passk", "--run", tmp_path / "run", "--prompts", 4, "--samples", 2, "--k", 1, 2)
     assert [row[2:4] for row in table[2:]] == [["all", "4"], ["easy", "4"]]
     assert [number(x) for row in table[2:] for x in row[4:]] == [0.25] * 4

@@ -1,0 +1,290 @@
+"""Program synthesis: the embedded task toy-code, and the reward by unit tests in SFT, PPO and evaluation."""
+
+import json
+import random
+
+import pytest
+import torch
+
+import eval as chapter5
+import ma_ppo
+import reward
+import segment
+import sft
+
+ARMS = ["token", "fixed", "ast"]
+SMALL = "--batch_size 8 --micro_batch_size 8 --max_response 72 --steps 1 --seed 3".split()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return [sft.code_row(i) for i in range(600)]
+
+
+def answers(program, inputs):
+    """What a program's f returns for each input, run right here: these programs are our own."""
+    names = {}
+    exec(program, names)
+    return [names["f"](list(x)) for (x,) in inputs]
+
+
+# The rows
+
+
+def test_a_row_is_a_function_of_its_number_alone(rows):
+    state = random.getstate()
+    assert [sft.code_row(i) for i in (5, 3, 5)] == [rows[5], rows[3], rows[5]]
+    assert random.getstate() == state
+    assert rows[3] != rows[5]
+    assert [row["number"] for row in rows] == list(range(600))
+    assert set(rows[0]) == {"prompt", "response", "problem", "number"}
+
+
+def test_a_correct_program_of_every_problem_does_what_the_functions_say(rows):
+    """The functions that make the expected outputs know nothing of the programs' text, and agree with it."""
+    names = set()
+    for i in range(len(rows)):
+        steps, inputs = sft.code_steps(random.Random(f"{sft.SPLIT_SEED} code {i}"))
+        tests = rows[i]["problem"]["input_output"]
+        assert tests["inputs"] == [[x] for x in inputs]
+        assert answers(sft.code_text(steps), tests["inputs"]) == tests["outputs"]
+        assert any(output != tests["outputs"][0] for output in tests["outputs"])  # no constant passes
+        names |= {name for name, _ in steps}
+    assert names == set(sft.CODE)  # so every step has been run
+
+
+def test_a_problem_worked_by_hand():
+    steps = [("above", 3), ("multiply", 2), ("down", 9), ("first", 2), ("sum", 9)]
+    assert sft.code_output(steps, [5, 1, 4, 9]) == 18 + 10
+    assert sft.code_output(steps[:-1], [5, 1, 4, 9]) is None  # nothing is returned
+    assert sft.code_text(steps[:1] + steps[-1:]) == (
+        "def f(x):\n    x = [v for v in x if v > 3]\n    return sum(x)"
+    )
+
+
+def test_half_of_the_demonstrations_are_right_and_a_test_finds_the_mistake_of_each_other(rows):
+    rows = rows[:300]
+    results = reward.run_programs([row["response"] for row in rows], [row["problem"] for row in rows])
+    passed = 0
+    for i, (status, right, total) in enumerate(results):
+        steps, _ = sft.code_steps(random.Random(f"{sft.SPLIT_SEED} code {i}"))
+        correct = rows[i]["response"] == "\n" + sft.code_text(steps)
+        assert (status == "ran" and right == total == sft.CODE_TESTS) == correct
+        passed += correct
+    assert abs(passed / len(rows) - (1 - sft.CODE_WRONG)) < 0.1  # 3.5 standard deviations
+    statuses = [status for status, *_ in results]
+    for failure in ("compile error", "runtime error"):
+        assert statuses.count(failure) > 10
+    assert sum(0 < right < total for _, right, total in results) > 10  # some tests only
+
+
+def test_every_kind_of_mistake_occurs(rows):
+    mistaken = [row["response"] for row in rows]
+    assert any("return" not in text for text in mistaken)
+    assert any("y" in text.replace("even", "") for text in mistaken)
+    assert any(text.count("(") > text.count(")") for text in mistaken)
+    assert any("return" in text.strip().split("\n")[-2] for text in mistaken)  # a step behind the return
+
+
+def test_no_held_out_specification_is_in_training_and_the_split_has_no_share_for_an_rm():
+    everything = sft.load_rows("toy-code")
+    shares = {name: sft.split(everything, name, (20, 0, 80)) for name in ("test", "sft", "rm", "ppo")}
+    prompts = {name: {row["prompt"] for row in rows} for name, rows in shares.items()}
+    assert not prompts["rm"] and len(prompts["test"]) > 1000
+    assert not prompts["test"] & (prompts["sft"] | prompts["ppo"]) and not prompts["sft"] & prompts["ppo"]
+    cfg = sft.parse(sft.Config, "sft", ["--task", "toy-code"])
+    assert len(sft.load_share(cfg, "sft", "response")) == len(shares["sft"])
+
+
+def test_the_tokenizer_keeps_every_character_and_can_write_what_is_not_python(rows):
+    tokenizer = sft.small_tokenizer("toy-code", [row["prompt"] + row["response"] for row in rows[:300]])
+    texts = [text for row in rows for text in (row["prompt"], row["response"])]
+    texts += ["\n\n  def\tf (x ) :\n        return   x\n", "é ≠ x", "))((\n  1"]
+    ids = tokenizer(texts).input_ids
+    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == texts
+    assert max(map(len, ids[: 2 * len(rows)])) < 80
+    read = [segment.token_offsets(tokenizer, row) for row in ids[1:9:2]]
+    assert [text for text, _ in read] == texts[1:9:2]
+
+
+# What cannot work is refused
+
+
+@pytest.mark.parametrize(
+    ("chapter", "flags", "named"),
+    [
+        (sft, "--task toy-code --data file.jsonl", "--data"),
+        (reward, "--task toy-code", "unit tests"),
+        (reward, "--task apps --data file.jsonl", "unit tests"),
+        (reward, "--preset codegemma-2b-apps", "unit tests"),
+        (ma_ppo, "--task toy-code --reward_model runs/toy/reward", "--reward_model"),
+        (ma_ppo, "--task apps --data file.jsonl --reward_model runs/toy/reward", "--reward_model"),
+    ],
+)
+def test_a_reward_model_or_file_that_makes_no_sense_is_refused_in_one_line(
+    chapter, flags, named, capsys, tmp_path
+):
+    with pytest.raises(SystemExit) as stop:
+        chapter.main([*flags.split(), "--out", str(tmp_path / "out")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and named in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", ["--task toy-code", "--task apps", "--preset codegemma-7b-apps"])
+def test_program_tasks_have_the_papers_split_and_arms_of_their_own(flags):
+    cfg = ma_ppo.parse(flags.split())
+    assert (cfg.split, cfg.terminations, cfg.no_eos_score) == ([20, 0, 80], ARMS, -1.0)
+    assert sft.parse(sft.Config, "sft", flags.split()).split == [20, 0, 80]
+
+
+# From SFT to PPO and evaluation, at the smallest size
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with an SFT model, hardly trained, and one PPO step of each arm."""
+    out = tmp_path_factory.mktemp("toy-code")
+    flags = [
+        "--task",
+        "toy-code",
+        "--steps",
+        "60",
+        "--batch_size",
+        "16",
+        "--lr",
+        "1e-2",
+        "--max_response",
+        "72",
+    ]
+    sft.main([*flags, "--out", str(out / "sft")])
+    ma_ppo.main(["--task", "toy-code", *SMALL, "--out", str(out)])
+    return out
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_command_trains_all_arms_without_a_reward_model(run):
+    assert sorted(path.name for path in run.iterdir()) == sorted([*ARMS, "sft", "curves.png"])
+    for arm in ARMS:
+        (row,) = metrics(run / arm)
+        assert 0 <= row["pass_rate"] <= 1 and -1 <= row["rm_score"] <= 1 and row["gold_score"] is None
+        assert row["ratio_first"] == pytest.approx(1, abs=1e-4)
+        assert json.loads((run / arm / "config.json").read_text())["reward_model"] == ""
+    lengths = {arm: metrics(run / arm)[0]["macro_length"] for arm in ARMS}
+    assert lengths["token"] == 1 < lengths["ast"] and lengths["fixed"] > 1
+
+
+def test_the_critic_starts_from_the_sft_models_trunk_under_a_seeded_head(run):
+    cfg = ma_ppo.parse(["--task", "toy-code", *SMALL, "--sft", str(run / "sft")])
+    models, optimizers, _ = ma_ppo.load_models(cfg, torch.device("cpu"))
+    again, _, _ = ma_ppo.load_models(cfg, torch.device("cpu"))
+    assert set(models) == {"policy", "reference", "critic"} and set(optimizers) == {"policy", "critic"}
+    trunk, started = models["critic"].trunk.state_dict(), models["policy"].model.state_dict()
+    assert all(torch.equal(trunk[name], started[name]) for name in trunk)
+    assert trunk["layers.0.mlp.up_proj.weight"].data_ptr() != (
+        started["layers.0.mlp.up_proj.weight"].data_ptr()
+    )
+    assert torch.equal(models["critic"].head.weight, again["critic"].head.weight)
+    assert models["critic"].head.weight.abs().sum() > 0
+
+
+def score(texts, stopped, problems, monkeypatch):
+    """A rollout of given texts, of which those not `stopped` are cut, as `ma_ppo.score` scores it."""
+    cfg = ma_ppo.Config(task="toy-code", no_eos_score=-1.0)
+    monkeypatch.setattr(ma_ppo, "ended", lambda batch, tokenizer: torch.tensor(stopped))
+    rollout = ma_ppo.Rollout(None, [], [], texts)
+    ma_ppo.score(rollout, {}, [{"problem": problem} for problem in problems], None, cfg)
+    return rollout
+
+
+def test_programs_get_the_papers_score_and_a_cut_one_that_of_none(monkeypatch):
+    problem = {"input_output": {"fn_name": "f", "inputs": [[1], [2]], "outputs": [1, 4]}}
+    square = "def f(x):\n    return x * x"
+    texts = [square, "def f(x): return 1", "def f(x): return y", "def f(x", "def f(x): pass", square]
+    rollout = score(texts, [True] * 5 + [False], [problem] * 6, monkeypatch)
+    wanted = [1.0, -0.3 + 1.3 / 2, -0.6, -1.0, -0.3, -1.0]
+    assert rollout.scores.tolist() == pytest.approx(wanted)
+    assert rollout.passed.tolist() == [True, False, False, False, False, False]
+
+
+def test_pass_rate_is_the_share_of_responses_that_an_independent_count_finds_right(rows, monkeypatch):
+    texts, problems = [row["response"] for row in rows[:40]], [row["problem"] for row in rows[:40]]
+    right = []
+    for text, problem in zip(texts, problems, strict=True):
+        tests = problem["input_output"]
+        try:
+            right.append(answers(text, tests["inputs"]) == tests["outputs"])
+        except (SyntaxError, NameError):
+            right.append(False)
+    rollout = score(texts, [True] * 40, problems, monkeypatch)
+    assert rollout.passed.tolist() == right and 10 < sum(right) < 30
+    mask = torch.ones(40, 2, dtype=torch.long)
+    rollout.batch = sft.Batch(None, None, mask)
+    for name in ("logprobs", "ref_logprobs", "entropy", "seg"):
+        setattr(rollout, name, torch.zeros_like(mask))
+    assert ma_ppo.summary(rollout, None)["pass_rate"] == pytest.approx(sum(right) / 40)
+
+
+def test_held_out_pass_rates_of_sft_and_arms_are_printed_with_exact_intervals(run, capsys):
+    capsys.readouterr()
+    chapter5.main(["score", "--run", str(run), "--sft", "--prompts", "12"])
+    head, _, *lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert [line[0].split("/")[-1] for line in lines] == [
+        "sft",
+        *sorted(ARMS, key=lambda x: (x != "token", x)),
+    ]
+    shown = [line[head.index("passed")] for line in lines]
+    for arm, text in zip(["sft", "token"], shown[:2], strict=True):
+        kept = (run / arm / "score" / "samples.jsonl").read_text().splitlines()
+        kept = [json.loads(line) for line in kept]
+        assert len(kept) == 12
+        assert text == chapter5.cell(*reward.exact_share(sum(row["passed"] for row in kept), 12))
+        cfg = json.loads((run / "token" / "config.json").read_text())
+        tests = {row["prompt"]: row["problem"] for row in sft.split(sft.load_rows("toy-code"), "test")}
+        programs, problems = [row["response"] for row in kept], [tests[row["prompt"]] for row in kept]
+        scores = reward.program_rewards(programs, problems)
+        scores = [s if row["ended"] else cfg["no_eos_score"] for s, row in zip(scores, kept, strict=True)]
+        assert [row["rm_score"] for row in kept] == pytest.approx(scores)
+
+
+# APPS: both kinds of problems, from a file
+
+
+def test_a_file_of_apps_rows_goes_from_sft_to_ppo(tmp_path, monkeypatch):
+    calls = {"fn_name": "f", "inputs": [[1], [2]], "outputs": [2, 3]}
+    lines = {"inputs": ["1\n", "2\n"], "outputs": ["2\n", "3\n"]}
+    rows = []
+    for i in range(40):
+        row = {"question": f"Add one, number {i}.", "difficulty": "interview"}
+        row |= {
+            "starter_code": "def f(x):" if i % 2 else "",
+            "input_output": json.dumps([lines, calls][i % 2]),
+        }
+        solution = "def f(x):\n    return x + 1" if i % 2 else "print(int(input()) + 1)"
+        rows.append(row | {"solutions": json.dumps([solution])})
+    path = tmp_path / "apps.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = ["--task", "apps", "--data", str(path), "--split", "50", "0", "50"]
+    sft.main([*task, "--steps", "2", "--batch_size", "4", "--out", str(tmp_path / "sft")])
+    sampled, judged = ma_ppo.sample, []
+
+    def right(policy, examples, *more):
+        """Samples whose text is the right program for half of the prompts."""
+        rollout = sampled(policy, examples, *more)
+        names = [example["problem"]["input_output"].get("fn_name") for example in examples]
+        rollout.texts = ["def f(x): return x + 1" if name else "print(2)" for name in names]
+        judged.extend(names)
+        return rollout
+
+    monkeypatch.setattr(ma_ppo, "sample", right)
+    monkeypatch.setattr(ma_ppo, "ended", lambda batch, tokenizer: torch.ones(len(batch.mask), dtype=bool))
+    flags = ["--batch_size", "8", "--max_response", "8", "--steps", "1", "--terminations", "token"]
+    ma_ppo.main([*task, *flags, "--sft", str(tmp_path / "sft"), "--out", str(tmp_path)])
+    (row,) = metrics(tmp_path / "token")
+    called = judged.count("f") / 8
+    assert 0 < called < 1
+    assert row["pass_rate"] == called
+    assert row["rm_score"] == pytest.approx(called * 1.0 + (1 - called) * 0.35)
