@@ -470,8 +470,9 @@ def report(args):
     args, chapters = replace(args, references=True), [(curves, {}), (frontier, {})]
     if all((run / "model").is_dir() or (run / "score").is_dir() for run in runs):
         cfg, (*_, ((row, *_), *_)) = run_config(runs[0], args)[0], next(drawn(args, 1))
-        chapters += [(score, {"temperature": [cfg.temperature, 0.0]}), (bestofn, {"references": False})]
-        chapters += [(passk, {"references": False})] if row["passed"] is not None else []
+        tested, both = row["passed"] is not None, {"temperature": [cfg.temperature, 0.0]}
+        chapters += [(score, both | {"sft": tested}), (bestofn, {"references": False})]
+        chapters += [(passk, {"references": False, "sft": True})] if tested else []
         judges = ["rm"] if row["gold_score"] is None else ["rm", "gold"]
         chapters += [(duel, {"a": str(run), "b": str(runs[0]), "judge": judges}) for run in runs[1:]]
     chapters += [(heatmap, {})] if all((run / "samples.jsonl").is_file() for run in runs) else []

@@ -97,7 +97,10 @@ DEFAULTS = {"toy": {}} | {task: dict(SMALL) for task in ("tldr", "hh", "webgpt",
 PROGRAMS, NO_RM = ("toy-code", "apps"), {"split": [20, 0, 80]}
 TESTED = NO_RM | {"terminations": ["token", "fixed", "ast"], "n": 10, "no_eos_score": -1.0}
 DEFAULTS["apps"] = {chapter: SMALL[chapter] | (TESTED if chapter == "ma_ppo" else NO_RM) for chapter in SMALL}
-DEFAULTS["toy-code"] = {"sft": NO_RM, "reward": NO_RM, "ma_ppo": TESTED}
+DEFAULTS["toy-code"] = {
+    "sft": NO_RM | {"max_response": 80, "steps": 500},
+    "ma_ppo": TESTED | {"max_response": 80, "lr": 1e-3},
+}
 
 
 @dataclass
@@ -1273,7 +1276,10 @@ def toy_text(sentences):
 
 # toy-code, a miniature of APPS: what a function f does with a list x, told in English, with unit tests, and
 # demonstrations of which a share has a mistake. The truth is what the functions below compute, never a text.
-CODE_ROWS, CODE_WRONG, CODE_TESTS = 30_000, 0.5, 3  # problems; share with a mistake; tests of each
+CODE_ROWS, CODE_WRONG, CODE_TESTS = 30_000, 0.6, 3  # problems; share with a mistake; tests of each
+# Weights of the mistakes: no return; a number, step or list for another; two steps swapped; one, or a
+# bracket, left out. The first two are habits, which PPO breaks first.
+CODE_MISTAKES = {"return": 4, "number": 8, "step": 2, "order": 2, "gap": 1, "list": 1, "bracket": 1}
 # Each step: its words, its line, what it does to a list x with a number k, and what it is mistaken for.
 CODE_STEPS = dict(
     add=("add {} to each", "x = [v + {} for v in x]", lambda x, k: [v + k for v in x], "subtract"),
@@ -1330,19 +1336,21 @@ def code_steps(rng):
 
 def code_mistake(rng, steps, inputs):
     """A program with one mistake, which the tests on `inputs` find."""
-    lines, line = code_text(steps).split("\n"), rng.randint(1, len(steps))
-    kind = rng.choice(("return", "name", "bracket", *["step"] * 6))
-    if kind == "return":
-        return "\n".join(lines).replace("return ", "")
-    if kind != "step":  # a list y that does not exist; a line without its last character, mostly a bracket
-        lines[line] = re.sub("x(?!.*x)", "y", lines[line]) if kind == "name" else lines[line][:-1]
-        return "\n".join(lines)
     while True:
-        i, off = rng.randrange(len(steps)), rng.choice((-1, 1))
+        i, kind = rng.randrange(len(steps)), rng.choices([*CODE_MISTAKES], CODE_MISTAKES.values())[0]
         (name, k), before, after = steps[i], steps[:i], steps[i + 1 :]
-        swapped = [*before, *steps[i : i + 2][::-1], *after[1:]]
-        other, by_one = [*before, (CODE[name][3], k), *after], [*before, (name, k + off), *after]
-        wrong = rng.choice((other, by_one, swapped, before + after))  # the last one forgets a step
+        lines = code_text(steps).split("\n")
+        if kind == "return":
+            return "\n".join(lines).replace("return ", "")
+        if kind in ("list", "bracket"):
+            unknown, cut = re.sub("x(?!.*x)", "y", lines[i + 1]), lines[i + 1][:-1]
+            return "\n".join([*lines[: i + 1], unknown if kind == "list" else cut, *lines[i + 2 :]])
+        wrong = {
+            "number": [*before, (name, k + 1), *after],
+            "step": [*before, (CODE[name][3], k), *after],
+            "order": [*before, *after[:1], steps[i], *after[1:]],
+            "gap": before + after,
+        }[kind]
         if any(code_output(wrong, x) != code_output(steps, x) for x in inputs):
             return code_text(wrong)
 

@@ -13,7 +13,7 @@ import segment
 import sft
 
 ARMS = ["token", "fixed", "ast"]
-SMALL = "--batch_size 8 --micro_batch_size 8 --max_response 72 --steps 1 --seed 3".split()
+SMALL = [*("--batch_size", "8", "--micro_batch_size", "8"), *("--max_response", "72", "--steps", "1")]
 
 
 @pytest.fixture(scope="module")
