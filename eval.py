@@ -162,7 +162,9 @@ def curves(args):
     """Learning curves in training, steps to parity with the first arm, areas under the curves (means)."""
     arms, panels, tables = arms_of(args), [], []
     shown = {"pass_rate": "pass rate", "kl": "KL to reference, nats", "response_length": "length, tokens"}
-    for key, title in (SCORES | shown).items():
+    tested = [12] if paths(arms, "pass_rate") else []
+    shown = SCORES | ({"rm_score": "score of the unit tests"} if tested else {}) | shown
+    for key, title in shown.items():
         lines = [{"label": arm, "x": range(len(y)), "y": y.mean(1), "band": (y.min(1), y.max(1)),
                   "raw": column(arms[arm][0], key) if y.shape[1] == 1 else None}
                  for arm, y in paths(arms, key).items()]  # fmt: skip
@@ -170,7 +172,6 @@ def curves(args):
     plot(args.png, panels, f"mean of {SMOOTHING} steps")
     first, single = next(iter(arms.values())), all(len(seeds) == 1 for seeds in arms.values())
     compared = {arm: [*zip(*map(figures, first, seeds), strict=True)] for arm, seeds in arms.items()}
-    tested = [12] if paths(arms, "pass_rate") else []
     how = "mean" if args.mean else "range"
     over_seeds = [([*range(9), *tested], how), ((5, 6, 7, 8, 10, 11), "bootstrap")]
     for numbers, how in [([*range(10), *tested], "range")] if single else over_seeds:

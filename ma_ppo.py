@@ -618,16 +618,14 @@ def load_models(cfg, device):
 
 
 def load_prompts(tokenizer, cfg):
-    """The PPO share's prompts, once each: {number, text, prompt (token list)}, programs' with {problem}."""
-    first = {}
-    for row in sft.load_share(cfg, "ppo"):
-        first.setdefault(row["prompt"], row)
-    rows = [*first.values()]
-    sft.report_cuts(rows, tokenizer, cfg, ["prompt"])
-    encoded = sft.encode(rows, tokenizer, cfg, ["prompt"])
-    tests = [{"problem": row["problem"]} if "problem" in row else {} for row in rows]
-    numbered = enumerate(zip(rows, tests, encoded, strict=True))
-    return [{"number": i, "text": row["prompt"]} | test | ids for i, (row, test, ids) in numbered]
+    """The PPO share's prompts, once each: {number, text, prompt (token list)}, and a program's {problem}."""
+    fields, rows = ("problem",) if cfg.task in sft.PROGRAMS else (), {}
+    for row in sft.load_share(cfg, "ppo", *fields):
+        rows.setdefault(row["prompt"], {"text": row["prompt"]} | {name: row[name] for name in fields})
+    texts = [{"prompt": text} for text in rows]
+    sft.report_cuts(texts, tokenizer, cfg, ["prompt"])
+    encoded = zip(rows.values(), sft.encode(texts, tokenizer, cfg, ["prompt"]), strict=True)
+    return [{"number": i} | row | ids for i, (row, ids) in enumerate(encoded)]
 
 
 def draw_curves(folders, cfg):

@@ -2,6 +2,9 @@
 
 import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import reward
 import segment
 import sft
 
+ROOT = Path(__file__).parent.parent
 ARMS = ["token", "fixed", "ast"]
 SMALL = [*("--batch_size", "8", "--micro_batch_size", "8"), *("--max_response", "72", "--steps", "1")]
 
@@ -177,6 +181,16 @@ def test_one_command_trains_all_arms_without_a_reward_model(run):
     assert lengths["token"] == 1 < lengths["ast"] and lengths["fixed"] > 1
 
 
+def test_two_processes_test_the_same_programs_as_one(run, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = ["ma_ppo.py", "--task", "toy-code", *SMALL, "--terminations", "ast", "--sft", str(run / "sft")]
+    done = subprocess.run([*command, *flags, "--out", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (one,), (two,) = metrics(run / "ast"), metrics(tmp_path / "ast")
+    for key in ("pass_rate", "rm_score", "rm_score_std", "response_length", "macro_actions", "kl"):
+        assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5), key
+
+
 def test_the_critic_starts_from_the_sft_models_trunk_under_a_seeded_head(run):
     cfg = ma_ppo.parse(["--task", "toy-code", *SMALL, "--sft", str(run / "sft")])
     models, optimizers, _ = ma_ppo.load_models(cfg, torch.device("cpu"))
@@ -288,3 +302,11 @@ def test_a_file_of_apps_rows_goes_from_sft_to_ppo(tmp_path, monkeypatch):
     assert 0 < called < 1
     assert row["pass_rate"] == called
     assert row["rm_score"] == pytest.approx(called * 1.0 + (1 - called) * 0.35)
+
+
+def test_rows_without_unit_tests_are_no_program_task(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"p{i}", "response": "r"}) + "\n" for i in range(40)))
+    with pytest.raises(SystemExit):
+        ma_ppo.load_prompts(None, ma_ppo.parse(["--task", "apps", "--data", str(path)]))
+    assert "no rows with problem" in capsys.readouterr().err
