@@ -7,7 +7,7 @@ A language model is taught what answers look like, by imitating demonstrations a
 over response tokens only: the prompt and the padding are read, never learned (SPEC 6, fault 10).
 
     python sft.py                                   # the embedded toy task, about a minute on two cores
-    python sft.py --task toy-code                   # short programs, half of them wrong
+    python sft.py --task toy-code                   # short programs, six in ten of them wrong
     python sft.py --task hh --data pairs.jsonl.gz   # human preference pairs: imitate the chosen answers
     python sft.py --preset gemma-2b-tldr            # the paper's model, data and settings, on a GPU
     torchrun --nproc_per_node=2 sft.py              # the same run on two processes
@@ -1283,7 +1283,7 @@ CODE_MISTAKES = {"return": 4, "number": 8, "step": 2, "order": 2, "gap": 1, "lis
 # Each step: its words, its line, what it does to a list x with a number k, and what it is mistaken for.
 CODE_STEPS = dict(
     add=("add {} to each", "x = [v + {} for v in x]", lambda x, k: [v + k for v in x], "subtract"),
-    subtract=("take {} from each", "x = [v - {} for v in x]", lambda x, k: [v - k for v in x], "add"),
+    subtract=("subtract {} from each", "x = [v - {} for v in x]", lambda x, k: [v - k for v in x], "add"),
     multiply=("multiply each by {}", "x = [v * {} for v in x]", lambda x, k: [v * k for v in x], "add"),
     above=("keep those above {}", "x = [v for v in x if v > {}]",
         lambda x, k: [v for v in x if v > k], "below"),

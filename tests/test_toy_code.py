@@ -66,7 +66,7 @@ def test_a_problem_worked_by_hand():
     )
 
 
-def test_half_of_the_demonstrations_are_right_and_a_test_finds_the_mistake_of_each_other(rows):
+def test_the_stated_share_of_demonstrations_is_right_and_a_test_finds_the_mistake_of_each_other(rows):
     rows = rows[:300]
     results = reward.run_programs([row["response"] for row in rows], [row["problem"] for row in rows])
     passed = 0
