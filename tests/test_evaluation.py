@@ -556,7 +556,7 @@ def test_program_tasks_are_scored_by_their_unit_tests_instead_of_the_rm(toy, tmp
         0: (pytest.approx(1.0), True),
         1: (pytest.approx(-0.3 + 1.3 / 2), False),
         2: (-1.0, False),
-        3: (-0.6, False),
+        3: (pytest.approx(-0.6), False),
     }
 
 

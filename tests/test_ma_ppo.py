@@ -826,6 +826,7 @@ def test_metrics_are_means_over_responses_or_over_real_tokens():
             "rm_score": 2.0,
             "rm_score_std": 1.0,
             "gold_score": 2.0,
+            "pass_rate": None,
             "gold_score_std": 2.0,
             "kl": (1.5 + 0.5) / 2,  # nats a response
             "response_length": 2.5,

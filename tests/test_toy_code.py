@@ -149,18 +149,7 @@ def test_program_tasks_have_the_papers_split_and_arms_of_their_own(flags):
 def run(tmp_path_factory):
     """A folder with an SFT model, hardly trained, and one PPO step of each arm."""
     out = tmp_path_factory.mktemp("toy-code")
-    flags = [
-        "--task",
-        "toy-code",
-        "--steps",
-        "60",
-        "--batch_size",
-        "16",
-        "--lr",
-        "1e-2",
-        "--max_response",
-        "72",
-    ]
+    flags = ["--task", "toy-code", "--steps", "30", "--batch_size", "16", "--lr", "1e-2"]
     sft.main([*flags, "--out", str(out / "sft")])
     ma_ppo.main(["--task", "toy-code", *SMALL, "--out", str(out)])
     return out
