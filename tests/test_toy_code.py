@@ -121,8 +121,8 @@ def test_the_tokenizer_keeps_every_character_and_can_write_what_is_not_python(ro
         (reward, "--task toy-code", "unit tests"),
         (reward, "--task apps --data file.jsonl", "unit tests"),
         (reward, "--preset codegemma-2b-apps", "unit tests"),
-        (ma_ppo, "--task toy-code --reward_model runs/toy/reward", "--reward_model"),
-        (ma_ppo, "--task apps --data file.jsonl --reward_model runs/toy/reward", "--reward_model"),
+        (ma_ppo, "--task toy-code --reward_model runs/toy/reward", "unit tests"),
+        (ma_ppo, "--task apps --data file.jsonl --reward_model runs/toy/reward", "unit tests"),
     ],
 )
 def test_a_reward_model_or_file_that_makes_no_sense_is_refused_in_one_line(
