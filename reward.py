@@ -117,7 +117,7 @@ def main(argv=None):
     """Train the reward model, measure it on held-out pairs, set its bias, save it."""
     cfg = sft.parse(Config, "reward", argv)
     cfg.sft = cfg.sft or str(Path("runs") / cfg.task / "sft")
-    device = sft.setup(cfg.device)
+    device = sft.setup(cfg.device, cfg.timeout)
     train, test = load_pairs(cfg, "rm"), load_pairs(cfg, "test")
     cfg.steps = sft.count_steps(cfg, len(train))
     out = sft.claim(cfg.out)
