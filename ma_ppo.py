@@ -430,7 +430,7 @@ def value_losses(rollout, critic, token_count, cfg):
 def main(argv=None):
     """Make the SFT model and the RM if they are missing, train every arm from them, draw the curves."""
     cfg = parse(argv)
-    device = sft.setup(cfg.device)
+    device = sft.setup(cfg.device, cfg.timeout)
     folders = [sft.claim(Path(cfg.out) / arm) for arm in cfg.terminations]
     build_missing_stages(cfg)
     for arm, folder in zip(cfg.terminations, folders, strict=True):
@@ -562,7 +562,7 @@ def build_missing_stages(cfg):
     flags += ["--preset", cfg.preset] if cfg.preset else []
     flags += ["--split", *map(str, cfg.split)]
     flags += [f"--{name}" for name in ("chat_template", "skip_bad_rows") if getattr(cfg, name)]
-    for name in ("resume", "save_every", "keep", "override", "max_skipped"):
+    for name in ("resume", "save_every", "keep", "override", "max_skipped", "timeout"):
         if getattr(cfg, name) != getattr(Config, name):
             flags += [f"--{name}", str(getattr(cfg, name))]
     if not cfg.sft:

@@ -119,7 +119,7 @@ def main(argv=None):
     if cfg.task in sft.PROGRAMS:
         sft.fail(f"--task {cfg.task} needs no reward model: unit tests give the reward; go on with ma_ppo.py")
     cfg.sft = cfg.sft or str(Path("runs") / cfg.task / "sft")
-    device = sft.setup(cfg.device)
+    device = sft.setup(cfg.device, cfg.timeout)
     train, test = load_pairs(cfg, "rm"), load_pairs(cfg, "test")
     cfg.steps = sft.count_steps(cfg, len(train))
     out = sft.claim(cfg.out)

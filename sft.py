@@ -28,8 +28,10 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
@@ -82,6 +84,7 @@ class Config:
     keep: int = opt(2, "newest checkpoints that are kept")
     override: bool = opt(False, "resume although settings have changed")
     max_skipped: int = opt(5, "steps in a row whose loss is not finite, after which the run ends")
+    timeout: float = opt(600.0, "seconds without an answer after which the other ranks count as lost")
 
 
 ADAM = {"betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}  # eps: SPEC 8
@@ -181,14 +184,17 @@ def print0(*args):
         print(*args, flush=True)
 
 
-def setup(device=""):
-    """Join the process group if torchrun started us; returns the torch.device of this rank."""
+def setup(device="", timeout=600.0):
+    """Join the process group if torchrun started us; returns the torch.device of this rank.
+
+    timeout: seconds; also rank 0's work alone, such as writing a checkpoint, must not take longer.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        join("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout)
     return torch.device(device)
 
 
@@ -315,7 +321,7 @@ def _epoch_order(count, epoch, seed):
 def main(argv=None):
     """Fine-tune a model on demonstrations and save it, with `run.json` and `metrics.jsonl`."""
     cfg = parse(Config, "sft", argv)
-    device = setup(cfg.device)
+    device = setup(cfg.device, cfg.timeout)
     train, test = load_share(cfg, "sft", "response"), load_share(cfg, "test", "response")[:256]
     cfg.steps = count_steps(cfg, len(train))
     out = claim(cfg.out)
@@ -387,7 +393,7 @@ def save_run(parts, out, cfg=None, result=None):
 LOGS = ("metrics.jsonl", "samples.jsonl")
 # Settings that may differ when a run goes on: they cannot change its result.
 FREE = {"out", "device", "micro_batch_size", "resume", "save_every", "keep", "override", "max_skipped"}
-FREE |= {"terminations", "shard"}
+FREE |= {"terminations", "shard", "timeout"}
 GATHER = full.StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole tensors, on rank 0's CPU
 _claimed = {}  # {folder: its locked file}, held until the process ends
 
@@ -668,8 +674,31 @@ def on_rank0(action, *args):
     if world() > 1:
         dist.broadcast_object_list(result, src=0)
     if result[1]:
-        fail(result[1])
+        fail(result[1]) if rank() == 0 else sys.exit(2)  # all of them know, one says so
     return result[0]
+
+
+def join(backend, timeout):
+    """Join the process group; from then on an error of any rank is told with its number and ends the job."""
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except dist.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        fail(f"cannot meet the other ranks at {place}: {str(error).splitlines()[0]}")
+    sys.excepthook = partial(report_error, timeout)
+
+
+def report_error(timeout, kind, error, trace):
+    """The excepthook of a rank: one line with its number, behind the trace unless another rank is lost."""
+    lost = re.search("gloo|nccl|timed out|connection (closed|reset)|store", str(error), re.IGNORECASE)
+    text = f"{kind.__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    if issubclass(kind, RuntimeError) and lost:
+        text = f"another rank has died, or not answered for --timeout {timeout:g} s; --resume auto goes on"
+        text += f" from the last checkpoint ({str(error).strip().splitlines()[0]:.150})"
+    else:
+        traceback.print_exception(kind, error, trace)
+    print(f"\nrank {rank()}: {text}", file=sys.stderr, flush=True)
+    os._exit(1)  # no waiting for ranks that will not come
 
 
 def write_json(path, value):
@@ -709,9 +738,12 @@ def remove(path):
 
 
 def fail(message):
-    """End the program with one line for the person at the keyboard and exit code 2."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    """End the program with one line for the person at the keyboard and exit code 2.
+
+    Before the ranks have joined they all fail alike, and one speaks; later each speaks, with its number.
+    """
+    if (number := int(os.environ.get("RANK", 0))) == 0 or dist.is_initialized():
+        print(f"{f'rank {number}: ' if number else ''}error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -737,7 +769,7 @@ def parse(config_class, chapter, argv=None):
 
 def check(cfg):
     """Refuse settings that cannot work, before anything is computed."""
-    for name in ("steps", "batch_size", "micro_batch_size", "lr", "max_prompt", "max_response"):
+    for name in ("steps", "batch_size", "micro_batch_size", "lr", "max_prompt", "max_response", "timeout"):
         if not 0 < getattr(cfg, name) < math.inf:
             fail(f"--{name} must be positive, got {getattr(cfg, name)}")
     if cfg.batch_size % (ranks := int(os.environ.get("WORLD_SIZE", 1))):

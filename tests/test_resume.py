@@ -82,8 +82,7 @@ def train(job, rank):
     except SystemExit as error:
         code = error.code
     except BaseException:
-        import traceback
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
     print(f"[{seen()} events]", flush=True)
     os._exit(code)
 
