@@ -26,10 +26,8 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -449,16 +447,16 @@ def train(arm, out, cfg, device):
     settings = asdict(cfg) | {"arm": arm, "ranks": sft.world()}
     sft.on_rank0(sft.write_json, out / "config.json", settings)
     for step in run:
-        clock = [time.perf_counter()]
+        clock = [sft.tick(device)]
         examples = sft.shard(sft.batch_rows(prompts, step, cfg.batch_size, cfg.seed))
         rollout = sample(models["policy"], examples, step, tokenizer, cfg)
         judge(rollout, models, examples, tokenizer, cfg)
-        clock.append(time.perf_counter())
+        clock.append(sft.tick(device))
         credit(arm, rollout, tokenizer, cfg)
-        clock.append(time.perf_counter())
+        clock.append(sft.tick(device))
         losses = improve(rollout, models, optimizers, step, cfg)
-        clock.append(time.perf_counter())
-        row = {"step": step} | summary(rollout, tokenizer) | losses | timings(clock)
+        clock.append(sft.tick(device))
+        row = {"step": step} | summary(rollout, tokenizer) | losses | sft.timings(clock, PHASES)
         run.log(row, "rm_score", rollout.tokens)
         if step % 10 == 0 or step == cfg.steps - 1:
             run.append("samples.jsonl", sample_rows(step, rollout, examples, tokenizer))
@@ -496,13 +494,6 @@ def summary(rollout, tokenizer):
     }
 
 
-def timings(clock):
-    """Seconds of a whole step and of its three phases."""
-    phases = ("seconds_rollout", "seconds_credit", "seconds_update")
-    lengths = [end - begin for begin, end in pairwise(clock)]
-    return {"seconds": sum(lengths)} | dict(zip(phases, lengths, strict=True))
-
-
 def sample_rows(step, rollout, examples, tokenizer):
     """Yield rank 0's first four responses of this step for samples.jsonl, token by token."""
     for i, tokens in enumerate(rollout.tokens[:4] if sft.rank() == 0 else []):
@@ -516,6 +507,9 @@ def sample_rows(step, rollout, examples, tokenizer):
 
 
 # Appendix: settings, stages, models
+
+PHASES = ("rollout", "credit", "update")
+SWITCHES = ("chat_template", "skip_bad_rows", "gradient_checkpointing", "compile")  # passed on to stages
 
 RULES = (  # (settings, test, what to say)
     ("n ppo_epochs", lambda x: x >= 1, "at least 1"),
@@ -561,8 +555,8 @@ def build_missing_stages(cfg):
     flags += ["--device", cfg.device] if cfg.device else []
     flags += ["--preset", cfg.preset] if cfg.preset else []
     flags += ["--split", *map(str, cfg.split)]
-    flags += [f"--{name}" for name in ("chat_template", "skip_bad_rows") if getattr(cfg, name)]
-    for name in ("resume", "save_every", "keep", "override", "max_skipped", "timeout"):
+    flags += [f"--{name}" for name in SWITCHES if getattr(cfg, name)]
+    for name in ("resume", "save_every", "keep", "override", "max_skipped", "timeout", "precision"):
         if getattr(cfg, name) != getattr(Config, name):
             flags += [f"--{name}", str(getattr(cfg, name))]
     if not cfg.sft:
@@ -612,6 +606,7 @@ def load_models(cfg, device):
         models["reward"] = copy.deepcopy(models["critic"]).requires_grad_(False)
     for model in models.values():
         sft.broadcast_parameters(model)
+        sft.prepare(model, cfg)
     learning = ("policy", "critic")
     optimizers = {name: torch.optim.AdamW(models[name].parameters(), **sft.ADAM) for name in learning}
     return models, optimizers, tokenizer

@@ -81,7 +81,8 @@ class ScalarModel(nn.Module):
             position_ids=sft.positions(batch.attention),
             use_cache=False,
         ).last_hidden_state  # [B, P+T, hidden]
-        return self.head(hidden).squeeze(-1).float()  # [B, P+T]
+        with torch.autocast(hidden.device.type, enabled=False):  # bf16 has three digits: too few for scores
+            return self.head(hidden.float()).squeeze(-1)  # [B, P+T]
 
     def save_pretrained(self, folder):
         """Write the trunk in Hugging Face format and the head beside it."""
@@ -126,18 +127,20 @@ def main(argv=None):
     if sft.finished(cfg, out):
         return
     model, tokenizer = start_model(cfg, device)
+    sft.prepare(model, cfg)
     optimizer = torch.optim.AdamW(model.parameters(), **sft.ADAM)
     print0(f"RM: {len(train):,} preference pairs, batches of {cfg.batch_size} -> {out}")
 
     sft.report_cuts(train, tokenizer, cfg, PAIR)
     run = sft.Run(cfg, out, "reward", {"model": model}, {"model": optimizer})
     for step in run:
-        began = time.perf_counter()
+        clock = [sft.tick(device)]
         pairs = sft.shard(sft.batch_rows(train, step, cfg.batch_size, cfg.seed))
         pairs = sft.encode(pairs, tokenizer, cfg, PAIR)
         losses = micro_losses(model, pairs, tokenizer, cfg, device)
         loss = sft.update(model, optimizer, losses, sft.cosine_lr(step, cfg.steps, cfg.lr, cfg.warmup))
-        run.log({"step": step, "loss": loss, "seconds": time.perf_counter() - began}, "loss", pairs)
+        clock.append(sft.tick(device))
+        run.log({"step": step, "loss": loss} | sft.timings(clock), "loss", pairs)
 
     result = evaluate(model, test, tokenizer, cfg, device)
     demonstrations = sft.load_share(cfg, "rm", "response")[:512]

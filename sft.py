@@ -33,6 +33,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ from torch.distributed.checkpoint import state_dict as full
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as hf_logging
 
 hf_logging.set_verbosity_error()
@@ -84,6 +86,9 @@ class Config:
     keep: int = opt(2, "newest checkpoints that are kept")
     override: bool = opt(False, "resume although settings have changed")
     max_skipped: int = opt(5, "steps in a row whose loss is not finite, after which the run ends")
+    precision: str = opt("auto", "of forward passes: fp32, bf16, or auto: bf16 on a GPU that has it")
+    gradient_checkpointing: bool = opt(False, "less memory: compute activations again in the backward pass")
+    compile: bool = opt(False, "torch.compile the forward passes: slow to start, then faster on a GPU")
     timeout: float = opt(600.0, "seconds without an answer after which the other ranks count as lost")
 
 
@@ -330,17 +335,19 @@ def main(argv=None):
     model, tokenizer = start_model(cfg, train)
     model.to(device)
     broadcast_parameters(model)
+    prepare(model, cfg)
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
     print0(f"SFT: {len(train):,} demonstrations, {model.num_parameters():,} parameters -> {out}")
     report_cuts(train, tokenizer, cfg)
     run = Run(cfg, out, "sft", {"model": model}, {"model": optimizer})
     for step in run:
-        began = time.perf_counter()
+        clock = [tick(device)]
         examples = encode(shard(batch_rows(train, step, cfg.batch_size, cfg.seed)), tokenizer, cfg)
         token_count = float(all_sum(sum(len(e["response"]) for e in examples)))
         losses = micro_losses(model, examples, tokenizer, token_count, cfg.micro_batch_size, device)
         loss = update(model, optimizer, losses, cosine_lr(step, cfg.steps, cfg.lr, cfg.warmup))
-        run.log({"step": step, "loss": loss, "seconds": time.perf_counter() - began}, "loss", examples)
+        clock.append(tick(device))
+        run.log({"step": step, "loss": loss} | timings(clock), "loss", examples)
 
     loss = held_out_loss(model, encode(test, tokenizer, cfg), tokenizer, cfg, device)
     print0(f"SFT: cross-entropy {loss:.3f} nats a token on {len(test)} held-out demonstrations")
@@ -393,7 +400,7 @@ def save_run(parts, out, cfg=None, result=None):
 LOGS = ("metrics.jsonl", "samples.jsonl")
 # Settings that may differ when a run goes on: they cannot change its result.
 FREE = {"out", "device", "micro_batch_size", "resume", "save_every", "keep", "override", "max_skipped"}
-FREE |= {"terminations", "shard", "timeout"}
+FREE |= {"terminations", "shard", "timeout", "gradient_checkpointing"}
 GATHER = full.StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole tensors, on rank 0's CPU
 _claimed = {}  # {folder: its locked file}, held until the process ends
 
@@ -720,6 +727,26 @@ def json_line(row):
     return json.dumps(json.loads(json.dumps(row), parse_constant=lambda name: None)) + "\n"
 
 
+def tick(device):
+    """(time in seconds, None), or on a GPU, whose work is waited for, (time, peak GB since the last tick)."""
+    if device.type != "cuda":
+        return time.perf_counter(), None
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) / 1e9
+    torch.cuda.reset_peak_memory_stats(device)
+    return time.perf_counter(), peak
+
+
+def timings(clock, phases=()):
+    """Seconds of a step and of its phases, which lie between the ticks; on a GPU also their peak memory."""
+    found = {"seconds": clock[-1][0] - clock[0][0]}
+    found |= {f"seconds_{name}": b[0] - a[0] for name, (a, b) in zip(phases, pairwise(clock), strict=False)}
+    if clock[0][1] is not None:  # this rank's; the other ranks do the same work
+        found["gpu_gb"] = max(peak for _, peak in clock[1:])
+        found |= {f"gpu_gb_{name}": peak for name, (_, peak) in zip(phases, clock[1:], strict=False)}
+    return found
+
+
 def sync(*paths):
     """Wait until files and folders are on the disk, and not only in the system's memory."""
     for path in paths:
@@ -783,6 +810,8 @@ def check(cfg):
     for name, least in (("save_every", 0), ("keep", 1), ("max_skipped", 1)):
         if getattr(cfg, name) < least:
             fail(f"--{name} must be {least} or more, got {getattr(cfg, name)}")
+    if cfg.precision not in ("auto", "bf16", "fp32"):
+        fail(f"--precision must be auto, bf16 or fp32, got {cfg.precision!r}")
     if cfg.resume not in ("", "auto"):
         fail(f"--resume must be auto or empty, got {cfg.resume!r}")
     if not 0 <= cfg.seed < 2**63:
@@ -832,6 +861,35 @@ def load_causal_lm(path, length=0, device="cpu"):
             model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval().to(device), tokenizer
+
+
+def prepare(model, cfg):
+    """Set a model's forward passes up as --precision, --gradient_checkpointing and --compile say.
+
+    In bf16, weights that learn stay in fp32, and matrices are multiplied in bf16 (autocast); the trunk of a
+    frozen model (its parameters want no gradient) is stored in bf16, in half the memory.
+    """
+    device, trunk = next(model.parameters()).device, getattr(model, "trunk", model)
+    frozen = not next(model.parameters()).requires_grad
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported() and cfg.precision == "auto"
+    if bf16 or cfg.precision == "bf16":
+        if frozen:
+            trunk.to(torch.bfloat16)
+        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
+    if cfg.gradient_checkpointing and not frozen:
+        for layer in trunk.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.forward = partial(recomputed, layer.forward)
+    if cfg.compile:
+        model.compile(dynamic=True)
+
+
+def recomputed(forward, *args, **kwargs):
+    """A layer's output, of which the backward pass keeps the inputs only. (transformers' own way wants train
+    mode, which would switch dropout on, and cannot be used while sampling.)"""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def start_model(cfg, rows):
