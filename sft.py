@@ -16,6 +16,7 @@ over response tokens only: the prompt and the padding are read, never learned (S
 Later chapters import from here: the batch, data parallelism by hand, the update step, the run folder.
 """
 
+import atexit
 import contextlib
 import fcntl
 import hashlib
@@ -693,6 +694,7 @@ def join(backend, timeout):
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         fail(f"cannot meet the other ranks at {place}: {str(error).splitlines()[0]}")
     sys.excepthook = partial(report_error, timeout)
+    atexit.register(dist.destroy_process_group)  # else gloo's threads sometimes abort the finished process
 
 
 def report_error(timeout, kind, error, trace):

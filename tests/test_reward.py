@@ -113,7 +113,8 @@ def test_the_micro_batch_size_does_not_change_loss_or_gradient():
     pairs, results = sft.encode(text_pairs(), Digits(), settings(), reward.PAIR), []
     for size in (1, 3, 100):
         model = tiny_scalar()
-        losses = list(reward.micro_losses(model, pairs, Digits(), settings(micro_batch_size=size), "cpu"))
+        losses = reward.micro_losses(model, pairs, Digits(), settings(micro_batch_size=size), "cpu")
+        losses = [loss() for loss in losses]
         sum(losses).backward()
         results.append((float(sum(losses).detach()), model.head.weight.grad))
     for loss, gradient in results[1:]:
