@@ -143,12 +143,17 @@ def generate(model, prompts, uniforms, tokenizer, cfg):
         tokens = draw(shaped(output.logits[:, -1].float(), cfg), u)[:, None]  # [B, 1]
         sampled.append(tokens)
         done |= tokens.squeeze(1) == tokenizer.eos_token_id
-        if done.all():
+        if everywhere(done.all(), model):
             break
         attention = torch.cat([attention, torch.ones_like(tokens)], 1)  # [B, P+t+1]
         place = place[:, -1:] + 1  # [B, 1]
     rows, eos = torch.cat(sampled, 1).tolist(), tokenizer.eos_token_id
     return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+
+
+def everywhere(done, model):
+    """Whether this rank is done; with a sharded model, which all ranks must call equally often, all ranks."""
+    return float(sft.all_sum(float(done))) == sft.world() if sft.sharded(model) else bool(done)
 
 
 def sample(policy, examples, step, tokenizer, cfg):
@@ -509,7 +514,8 @@ def sample_rows(step, rollout, examples, tokenizer):
 # Appendix: settings, stages, models
 
 PHASES = ("rollout", "credit", "update")
-SWITCHES = ("chat_template", "skip_bad_rows", "gradient_checkpointing", "compile")  # passed on to stages
+# Switches that are passed on to stages.
+SWITCHES = ("chat_template", "skip_bad_rows", "gradient_checkpointing", "compile", "shard")
 
 RULES = (  # (settings, test, what to say)
     ("n ppo_epochs", lambda x: x >= 1, "at least 1"),

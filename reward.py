@@ -82,12 +82,16 @@ class ScalarModel(nn.Module):
             use_cache=False,
         ).last_hidden_state  # [B, P+T, hidden]
         with torch.autocast(hidden.device.type, enabled=False):  # bf16 has three digits: too few for scores
-            return self.head(hidden.float()).squeeze(-1)  # [B, P+T]
+            return self.head(hidden.float()).squeeze(-1).clone()  # [B, P+T], for FSDP not a view
 
-    def save_pretrained(self, folder):
-        """Write the trunk in Hugging Face format and the head beside it."""
-        self.trunk.save_pretrained(folder)
-        save_file(self.head.state_dict(), Path(folder) / HEAD)
+    def save_pretrained(self, folder, state_dict=None):
+        """Write the trunk in Hugging Face format and the head beside it; state_dict: its own by default."""
+        state = {"trunk": {}, "head": {}}
+        for name, x in (state_dict or self.state_dict()).items():
+            part, _, name = name.partition(".")
+            state[part][name] = x
+        self.trunk.save_pretrained(folder, state_dict=state["trunk"])
+        save_file(state["head"], Path(folder) / HEAD)
 
     @classmethod
     def load(cls, folder, device="cpu"):
@@ -211,12 +215,12 @@ def evaluate(model, rows, tokenizer, cfg, device):
     preferred, and pairs of equal gold score are left out.
     """
     pairs = sft.encode(rows, tokenizer, cfg, PAIR)
-    mine = range(sft.rank(), len(pairs), sft.world())
+    mine = sft.evenly(len(pairs))
     margins = []
     for part in sft.micro_slices(len(mine), cfg.micro_batch_size):
         scores = pair_scores(model, [pairs[i] for i in mine[part]], tokenizer, device)  # [2, pairs]
         margins += zip(mine[part], (scores[0] - scores[1]).tolist(), strict=True)
-    margins = [margin for _, margin in sorted(gather(margins))]
+    margins = [margin for _, margin in sorted(dict(gather(margins)).items())]
     result = {"pairs": len(rows), "accuracy": sum(m > 0 for m in margins) / len(rows)}
     if cfg.task == "toy":
         gold = [gold_score(r["prompt"], r["chosen"]) - gold_score(r["prompt"], r["rejected"]) for r in rows]
@@ -229,14 +233,15 @@ def evaluate(model, rows, tokenizer, cfg, device):
 @torch.no_grad()
 def center(model, rows, tokenizer, cfg, device):
     """Shift the head's bias so that the demonstrations in `rows` score 0 on average; returns the new bias."""
-    examples = sft.encode(rows, tokenizer, cfg)[sft.rank() :: sft.world()]
-    total = 0.0
-    for part in sft.micro_slices(len(examples), cfg.micro_batch_size):
-        prompts, responses = [e["prompt"] for e in examples[part]], [e["response"] for e in examples[part]]
+    examples, mine, scores = sft.encode(rows, tokenizer, cfg), sft.evenly(len(rows)), []
+    for part in sft.micro_slices(len(mine), cfg.micro_batch_size):
+        prompts, responses = ([examples[i][name] for i in mine[part]] for name in ("prompt", "response"))
         batch = sft.make_batch(prompts, responses, tokenizer.pad_token_id, device)
-        total += float(last_token_scores(model, batch).sum())
-    model.head.bias -= float(sft.all_sum(total)) / len(rows)
-    return float(model.head.bias)
+        scores += zip(mine[part], last_token_scores(model, batch).tolist(), strict=True)
+    if sft.sharded(model):
+        model.reshard()  # a change of the parameters that were put together would be lost
+    model.head.bias -= sum(dict(gather(scores)).values()) / len(rows)
+    return float(sft.whole(model.head.bias))
 
 
 def exact_share(wins, count):

@@ -44,6 +44,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.distributed.checkpoint import state_dict as full
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
@@ -90,6 +93,7 @@ class Config:
     precision: str = opt("auto", "of forward passes: fp32, bf16, or auto: bf16 on a GPU that has it")
     gradient_checkpointing: bool = opt(False, "less memory: compute activations again in the backward pass")
     compile: bool = opt(False, "torch.compile the forward passes: slow to start, then faster on a GPU")
+    shard: bool = opt(False, "split the models among the ranks (FSDP2): for models too large for one GPU")
     timeout: float = opt(600.0, "seconds without an answer after which the other ranks count as lost")
 
 
@@ -290,13 +294,13 @@ def update(model, optimizer, micro_losses, lr, max_norm=1.0):
     """
     optimizer.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
-    buckets = gradient_buckets(model) if world() > 1 else []
+    buckets = gradient_buckets(model) if world() > 1 and not sharded(model) else []
     for i, micro_loss in enumerate(micro_losses, 1):
         loss = micro_loss()
         with summed_over_ranks(buckets if i == len(micro_losses) else []):
             loss.backward()
         total += loss.detach().double().cpu()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
     total = float(all_sum(total))
     if not (math.isfinite(total) and math.isfinite(norm)):  # the same on all ranks, so all of them skip
         return math.nan
@@ -379,10 +383,12 @@ def save_run(parts, out, cfg=None, result=None):
     Those are `run.json`, written last: a stage's folder that has one is complete.
     """
 
+    states = [full.get_model_state_dict(x, options=GATHER) if sharded(x) else None for x in parts]
+
     def save():
         try:
-            for part in parts:
-                part.save_pretrained(out)
+            for part, state in zip(parts, states, strict=True):
+                part.save_pretrained(out, **({"state_dict": state} if state else {}))
         except (OSError, SafetensorError) as error:
             raise OSError(f"cannot save the model in {out}: {error}") from None
         sync(*(path for path in Path(out).iterdir() if parts and path.is_file()))
@@ -699,7 +705,9 @@ def join(backend, timeout):
 
 def report_error(timeout, kind, error, trace):
     """The excepthook of a rank: one line with its number, behind the trace unless another rank is lost."""
-    lost = re.search("gloo|nccl|timed out|connection (closed|reset)|store", str(error), re.IGNORECASE)
+    lost = re.search(
+        "timed ?out|connection (closed|reset|refused)|broken pipe|aborted", str(error), re.IGNORECASE
+    )
     text = f"{kind.__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     if issubclass(kind, RuntimeError) and lost:
         text = f"another rank has died, or not answered for --timeout {timeout:g} s; --resume auto goes on"
@@ -801,6 +809,8 @@ def check(cfg):
     for name in ("steps", "batch_size", "micro_batch_size", "lr", "max_prompt", "max_response", "timeout"):
         if not 0 < getattr(cfg, name) < math.inf:
             fail(f"--{name} must be positive, got {getattr(cfg, name)}")
+    if cfg.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        fail("--shard splits models among ranks: start two or more with torchrun --nproc_per_node=N")
     if cfg.batch_size % (ranks := int(os.environ.get("WORLD_SIZE", 1))):
         fail(f"--batch_size {cfg.batch_size} is not divisible by the number of ranks, {ranks}")
     if cfg.task.startswith("toy") and cfg.data:
@@ -882,8 +892,40 @@ def prepare(model, cfg):
         for layer in trunk.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.forward = partial(recomputed, layer.forward)
+    if cfg.shard:
+        shard_model(model, device)
     if cfg.compile:
         model.compile(dynamic=True)
+
+
+def shard_model(model, device):
+    """Split a model's parameters among the ranks (PyTorch's FSDP2), and with them gradients and Adam's state.
+
+    Each layer is put together when it is needed. Our losses are parts of a sum over all ranks, so gradients
+    are added up and not averaged. All ranks must call the model equally often. Before this, every rank
+    holds the whole model in its CPU or GPU memory.
+    """
+    mesh, trunk = init_device_mesh(device.type, (world(),)), getattr(model, "trunk", model)
+    layers = [layer for layer in trunk.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    for module in dict.fromkeys([*layers, trunk, model]):  # the trunk may have another dtype than its head
+        fully_shard(module, mesh=mesh)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it adds up
+
+
+def sharded(model):
+    """Whether a model is split among the ranks."""
+    return isinstance(model, FSDPModule)
+
+
+def whole(x):
+    """A tensor that may be split among the ranks, put together on each of them."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def evenly(count):
+    """This rank's numbers of range(count), as many as any rank's: the first come up again at the end."""
+    return [i % count for i in range(rank(), math.ceil(count / world()) * world(), world())]
 
 
 def recomputed(forward, *args, **kwargs):

@@ -14,7 +14,7 @@ import sft
 
 def settings(**changes):
     return SimpleNamespace(
-        **{"precision": "auto", "gradient_checkpointing": False, "compile": False} | changes
+        **{"precision": "auto", "gradient_checkpointing": False, "compile": False, "shard": False} | changes
     )
 
 

@@ -1,0 +1,80 @@
+"""--shard: models split among ranks by FSDP2 are trained, sampled from, saved and resumed like whole ones."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_resume import chapters, driver, newest, rows, run, stages, whole  # noqa: F401
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+import reward
+import sft
+
+
+def near(out, wanted):
+    """Two runs have the same steps, and weights and optimizer states within 1e-5."""
+    assert [row["step"] for row in rows(out / "metrics.jsonl")] == [
+        row["step"] for row in rows(wanted / "metrics.jsonl")
+    ]
+    assert newest(out).name == newest(wanted).name
+    for path in newest(wanted).glob("*.safetensors"):
+        one, two = load_file(newest(out) / path.name), load_file(path)
+        assert one.keys() == two.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("chapter", ["sft", "reward", "ma_ppo"])
+def test_a_sharded_run_is_the_run_of_one_process(driver, stages, whole, tmp_path, chapter):  # noqa: F811
+    (flags, inside), out = chapters(stages)[chapter], tmp_path / "run"
+    run(driver, chapter, out, *flags, "--shard", ranks=2, codes=(0, 0))
+    near(out / inside, whole[chapter][0])
+    folder = out / inside / "model" if chapter == "ma_ppo" else out
+    if chapter == "reward":
+        model = reward.ScalarModel.load(folder)
+        other = reward.ScalarModel.load(whole[chapter][0])
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        other = AutoModelForCausalLM.from_pretrained(whole[chapter][0] / folder.relative_to(out / inside))
+        assert model.config.architectures == ["LlamaForCausalLM"]
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    "before, after", [((2, "--shard"), (1,)), ((1,), (2, "--shard")), ((2, "--shard"),) * 2]
+)
+def test_sharded_and_whole_runs_go_on_from_each_other(driver, stages, whole, tmp_path, before, after):  # noqa: F811
+    (flags, inside), out = chapters(stages)["ma_ppo"], tmp_path / "run"
+    at = ["sft.micro_slices", 1, "kill -TERM {pid}"]
+    run(driver, "ma_ppo", out, *flags, *before[1:], at=at, ranks=before[0], codes=[143] * before[0])
+    assert newest(out / inside).name == "step-000001"
+    run(driver, "ma_ppo", out, *flags, *after[1:], "--resume", "auto", ranks=after[0], codes=[0] * after[0])
+    near(out / inside, whole["ma_ppo"][0])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_more_ranks_end_with_the_parameters_of_one(driver, stages, tmp_path, ranks):  # noqa: F811
+    flags = ["--steps", 5, *stages, "--terminations", "fixed"]
+    for count in (1, ranks):
+        run(driver, "ma_ppo", tmp_path / str(count), *flags, ranks=count, codes=[0] * count)
+    near(tmp_path / str(ranks) / "fixed", tmp_path / "1/fixed")
+
+
+def test_a_model_with_tied_weights_is_sharded_and_saved(driver, stages, tmp_path):  # noqa: F811
+    _, tokenizer = sft.load_causal_lm(stages[1])
+    torch.manual_seed(0)
+    size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **size)).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    flags = ["--steps", 3, "--model", tmp_path / "gpt2"]
+    run(driver, "sft", tmp_path / "one", *flags)
+    run(driver, "sft", tmp_path / "two", *flags, "--shard", ranks=2, codes=(0, 0))
+    near(tmp_path / "two", tmp_path / "one")
+    model, _ = sft.load_causal_lm(tmp_path / "two")
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_sharding_without_torchrun_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        sft.parse(sft.Config, "sft", ["--shard"])
+    assert "torchrun" in capsys.readouterr().err
