@@ -272,7 +272,7 @@ def draw(jobs, temperature, cfg, model, args):
             fail(f"{cfg.reward_model}: no reward model there")
         models["reward"] = reward.ScalarModel.load(cfg.reward_model, device)
     for name in set(models) - {"critic"}:
-        sft.prepare(models[name].requires_grad_(name == "policy"), replace(cfg, shard=False))
+        sft.prepare(models[name].requires_grad_(name == "policy"), replace(cfg, shard=False), device)
     groups = groupby(jobs[sft.rank() :: sft.world()], key=lambda job: job[0])
     mine, size = [(sample, [row for _, row in group]) for sample, group in groups], cfg.micro_batch_size
     mine = [(sample, rows[part]) for sample, rows in mine for part in sft.micro_slices(len(rows), size)]

@@ -601,18 +601,23 @@ def load_models(cfg, device):
     Programs have no RM: there the critic is the SFT model's trunk under a fresh head.
     Returns ({name: model}, {name: optimizer} of the two that learn, tokenizer).
     """
-    policy, tokenizer = sft.load_causal_lm(cfg.sft, cfg.max_prompt + cfg.max_response, device)
-    models = {"policy": policy, "reference": copy.deepcopy(policy).requires_grad_(False)}
+    place = sft.home(cfg, device)
+
+    def ready(**loaded):  # two at a time: with --shard the CPU holds no more than that
+        for model in loaded.values():
+            sft.broadcast_parameters(model)
+            sft.prepare(model, cfg, device)
+        return loaded
+
+    policy, tokenizer = sft.load_causal_lm(cfg.sft, cfg.max_prompt + cfg.max_response, place)
+    models = ready(policy=policy, reference=copy.deepcopy(policy).requires_grad_(False))
     if cfg.task in sft.PROGRAMS:
-        models["critic"], _ = reward.start_model(cfg, device)
+        models |= ready(critic=reward.start_model(cfg, device)[0])
     else:
         if reward.load_tokenizer(cfg.reward_model).get_vocab() != tokenizer.get_vocab():
             sft.fail(f"--reward_model {cfg.reward_model} reads another vocabulary than --sft {cfg.sft}")
-        models["critic"] = reward.ScalarModel.load(cfg.reward_model, device)
-        models["reward"] = copy.deepcopy(models["critic"]).requires_grad_(False)
-    for model in models.values():
-        sft.broadcast_parameters(model)
-        sft.prepare(model, cfg)
+        critic = reward.ScalarModel.load(cfg.reward_model, place)
+        models |= ready(critic=critic, reward=copy.deepcopy(critic).requires_grad_(False))
     learning = ("policy", "critic")
     optimizers = {name: torch.optim.AdamW(models[name].parameters(), **sft.ADAM) for name in learning}
     return models, optimizers, tokenizer

@@ -131,7 +131,7 @@ def main(argv=None):
     if sft.finished(cfg, out):
         return
     model, tokenizer = start_model(cfg, device)
-    sft.prepare(model, cfg)
+    sft.prepare(model, cfg, device)
     optimizer = torch.optim.AdamW(model.parameters(), **sft.ADAM)
     print0(f"RM: {len(train):,} preference pairs, batches of {cfg.batch_size} -> {out}")
 
@@ -167,7 +167,7 @@ def start_model(cfg, device):
         sft.fail(
             f"--sft {cfg.sft}: no such folder; make one with python sft.py --task {cfg.task} --out {cfg.sft}"
         )
-    model = ScalarModel.load(cfg.sft, device)
+    model = ScalarModel.load(cfg.sft, sft.home(cfg, device))
     sft.broadcast_parameters(model)
     return model, load_tokenizer(cfg.sft)
 

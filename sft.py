@@ -338,9 +338,9 @@ def main(argv=None):
     if finished(cfg, out):
         return
     model, tokenizer = start_model(cfg, train)
-    model.to(device)
+    model.to(home(cfg, device))
     broadcast_parameters(model)
-    prepare(model, cfg)
+    prepare(model, cfg, device)
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
     print0(f"SFT: {len(train):,} demonstrations, {model.num_parameters():,} parameters -> {out}")
     report_cuts(train, tokenizer, cfg)
@@ -875,13 +875,18 @@ def load_causal_lm(path, length=0, device="cpu"):
     return model.eval().to(device), tokenizer
 
 
-def prepare(model, cfg):
+def home(cfg, device):
+    """Where a model is loaded: on its device, or on the CPU if --shard will move it there layer by layer."""
+    return torch.device("cpu") if cfg.shard else device
+
+
+def prepare(model, cfg, device):
     """Set a model's forward passes up as --precision, --gradient_checkpointing and --compile say.
 
     In bf16, weights that learn stay in fp32, and matrices are multiplied in bf16 (autocast); the trunk of a
     frozen model (its parameters want no gradient) is stored in bf16, in half the memory.
     """
-    device, trunk = next(model.parameters()).device, getattr(model, "trunk", model)
+    trunk = getattr(model, "trunk", model)
     frozen = not next(model.parameters()).requires_grad
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported() and cfg.precision == "auto"
     if bf16 or cfg.precision == "bf16":
@@ -903,7 +908,7 @@ def shard_model(model, device):
 
     Each layer is put together when it is needed. Our losses are parts of a sum over all ranks, so gradients
     are added up and not averaged. All ranks must call the model equally often. Before this, every rank
-    holds the whole model in its CPU or GPU memory.
+    holds the whole model in the CPU's memory.
     """
     mesh, trunk = init_device_mesh(device.type, (world(),)), getattr(model, "trunk", model)
     layers = [layer for layer in trunk.modules() if isinstance(layer, GradientCheckpointingLayer)]

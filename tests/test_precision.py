@@ -38,14 +38,14 @@ def gradients(model):
 def test_auto_precision_on_a_cpu_is_fp32_bit_for_bit():
     model = llama()
     expected = gradients(model)
-    sft.prepare(model, settings())
+    sft.prepare(model, settings(), torch.device("cpu"))
     torch.testing.assert_close(gradients(model), expected, rtol=0, atol=0)
 
 
 def test_bf16_rounds_the_matrices_and_keeps_weights_and_gradients_in_fp32():
     model = llama()
     exact, _ = gradients(model)
-    sft.prepare(model, settings(precision="bf16"))
+    sft.prepare(model, settings(precision="bf16"), torch.device("cpu"))
     loss, grads = gradients(model)
     assert loss != exact and abs(loss - exact) < 0.02
     assert {x.dtype for x in [*model.parameters(), *grads]} == {torch.float32}
@@ -54,7 +54,7 @@ def test_bf16_rounds_the_matrices_and_keeps_weights_and_gradients_in_fp32():
 def test_a_frozen_model_is_stored_in_bf16_but_its_scalar_head_is_not():
     model = reward.ScalarModel(llama().model).requires_grad_(False)
     exact = model(batch())
-    sft.prepare(model, settings(precision="bf16"))
+    sft.prepare(model, settings(precision="bf16"), torch.device("cpu"))
     assert {p.dtype for p in model.trunk.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in model.head.parameters()} == {torch.float32}
     scores = model(batch())
@@ -67,7 +67,7 @@ def test_gradient_checkpointing_computes_every_layer_twice_and_the_same_gradient
     expected = gradients(model)
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    sft.prepare(model, settings(gradient_checkpointing=True))
+    sft.prepare(model, settings(gradient_checkpointing=True), torch.device("cpu"))
     torch.testing.assert_close(gradients(model), expected, rtol=0, atol=0)
     assert len(calls) == 2 * 3
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_gradient_checkpointing_leaves_sampling_with_its_cache_as_it_is():
     cfg = SimpleNamespace(temperature=1.0, top_k=0, top_p=1.0)
     uniforms = torch.rand(2, 12, dtype=torch.float64)
     changed = copy.deepcopy(plain)
-    sft.prepare(changed, settings(gradient_checkpointing=True))
+    sft.prepare(changed, settings(gradient_checkpointing=True), torch.device("cpu"))
     args = ([[3, 4, 5], [6]], uniforms, tokenizer, cfg)
     assert ma_ppo.generate(changed, *args) == ma_ppo.generate(plain, *args)
 
@@ -123,5 +123,5 @@ def test_the_pipeline_runs_and_first_ratios_are_1(tmp_path, flags):
 def test_compiled_forward_passes_give_the_same_gradients():
     plain = llama()
     compiled = copy.deepcopy(plain)
-    sft.prepare(compiled, settings(compile=True))
+    sft.prepare(compiled, settings(compile=True), torch.device("cpu"))
     torch.testing.assert_close(gradients(compiled), gradients(plain), rtol=1e-4, atol=1e-5)
