@@ -28,6 +28,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from contextlib import contextmanager
@@ -694,11 +695,21 @@ def on_rank0(action, *args):
 
 def join(backend, timeout):
     """Join the process group; from then on an error of any rank is told with its number and ends the job."""
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+    def give_up():  # PyTorch's own time-out does not hold if something else listens there and never answers
+        text = f"cannot meet the other ranks at {place}: no answer for --timeout {timeout:g} s"
+        print(f"rank {os.environ['RANK']}: error: {text}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    clock = threading.Timer(timeout + 5, give_up)
+    clock.start()
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     except dist.DistError as error:
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         fail(f"cannot meet the other ranks at {place}: {str(error).splitlines()[0]}")
+    finally:
+        clock.cancel()
     sys.excepthook = partial(report_error, timeout)
     atexit.register(dist.destroy_process_group)  # else gloo's threads sometimes abort the finished process
 

@@ -114,11 +114,15 @@ def stages(driver, tmp_path_factory):
     return ["--sft", folder / "sft", "--reward_model", folder / "reward"]
 
 
-def start(driver, chapter, out, *flags, ranks=1, at=None, most=0):
-    """Start a run; returns the ids of its processes, one per rank.  most: bytes that a file may have"""
+def free_port():
+    """A port of this machine on which nobody listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start(driver, chapter, out, *flags, ranks=1, at=None, most=0, port=0):
+    """Start a run; returns the ids of its processes, one per rank.  most: bytes that a file may have"""
     argv = [*TINY, "--out", str(out), *map(str, flags)]
     log = Path(f"{out}.log")
     log.unlink(missing_ok=True)
@@ -127,7 +131,7 @@ def start(driver, chapter, out, *flags, ranks=1, at=None, most=0):
         "argv": argv,
         "log": str(log),
         "ranks": ranks,
-        "port": port,
+        "port": port or free_port(),
         "at": at,
         "bytes": most,
     }
