@@ -903,7 +903,9 @@ def prepare(model, cfg, device):
     if bf16 or cfg.precision == "bf16":
         if frozen:
             trunk.to(torch.bfloat16)
-        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
+        # A cache would keep a bf16 copy of all weights until the pass ends, of which none is used again.
+        cast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+        model.forward = cast(model.forward)
     if cfg.gradient_checkpointing and not frozen:
         for layer in trunk.modules():
             if isinstance(layer, GradientCheckpointingLayer):

@@ -51,6 +51,18 @@ def test_bf16_rounds_the_matrices_and_keeps_weights_and_gradients_in_fp32():
     assert {x.dtype for x in [*model.parameters(), *grads]} == {torch.float32}
 
 
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_pass_in_bf16_keeps_no_copies_of_the_weights(monkeypatch, shard):
+    """autocast's cache would: 2 bytes for each parameter of the whole model, on every rank, until the end."""
+    model, caches = llama(), []
+    monkeypatch.setattr(sft, "shard_model", lambda *ignored: None)
+    sft.prepare(model, settings(precision="bf16", shard=shard), torch.device("cpu"))
+    model.model.norm.register_forward_hook(lambda *_: caches.append(torch.is_autocast_cache_enabled()))
+    with torch.no_grad():
+        model(batch().tokens)
+    assert caches == [False]
+
+
 def test_a_frozen_model_is_stored_in_bf16_but_its_scalar_head_is_not():
     model = reward.ScalarModel(llama().model).requires_grad_(False)
     exact = model(batch())

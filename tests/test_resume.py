@@ -26,7 +26,8 @@ ROOT = Path(__file__).parent.parent
 TINY = ["--batch_size", "4", "--max_prompt", "16", "--max_response", "16", "--save_every", "2"]
 # A job: {chapter, argv, log, ranks, port, bytes, at}. `at` is [event, k, action, times]: before the k-th
 # operation on a file in --out ("files"), or behind the k-th call of a function, the last rank kills itself
-# or runs a shell command; and so at the next times - 1 events.
+# or runs a shell command; and so at the next times - 1 events. An action that is a number kills it within the
+# call, so many seconds after its beginning, or at its end.
 DRIVER = """
 import json, os, resource, signal, subprocess, sys
 sys.argv[0] = "train.py"
@@ -45,7 +46,7 @@ def plant(event, k, action, times=1):
         nonlocal seen
         seen += 1
         if k <= seen < k + times:
-            if action == "kill":
+            if action == "kill" or isinstance(action, float):
                 os.kill(os.getpid(), signal.SIGKILL)
             subprocess.run(action.format(pid=os.getpid()), shell=True, check=True)
     if event == "files":
@@ -60,6 +61,8 @@ def plant(event, k, action, times=1):
         owner = eval(owner)
         inner = getattr(owner, name)
         def outer(*args, **options):
+            if isinstance(action, float) and seen == k - 1:
+                subprocess.Popen(["sh", "-c", f"sleep {action}; kill -KILL {os.getpid()}"])
             result = inner(*args, **options)
             count()
             return result

@@ -1,9 +1,11 @@
 """--shard: models split among ranks by FSDP2 are trained, sampled from, saved and resumed like whole ones."""
 
+import signal
+
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_resume import chapters, driver, newest, rows, run, stages, whole  # noqa: F401
+from test_resume import chapters, driver, newest, rows, run, same, stages, whole  # noqa: F401
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import reward
@@ -50,6 +52,19 @@ def test_sharded_and_whole_runs_go_on_from_each_other(driver, stages, whole, tmp
     assert newest(out / inside).name == "step-000001"
     run(driver, "ma_ppo", out, *flags, *after[1:], "--resume", "auto", ranks=after[0], codes=[0] * after[0])
     near(out / inside, whole["ma_ppo"][0])
+
+
+@pytest.mark.parametrize("chapter", ["sft", "reward", "ma_ppo"])
+def test_a_sharded_run_that_was_killed_goes_on(driver, stages, tmp_path, chapter):  # noqa: F811
+    (flags, inside), killed = chapters(stages)[chapter], (1, -signal.SIGKILL)
+    flags = [*flags, "--shard"]
+    run(driver, chapter, tmp_path / "whole", *flags, ranks=2, codes=(0, 0))
+    at = ["torch.Tensor.backward", 6 if chapter == "ma_ppo" else 3, "kill"]
+    printed = run(driver, chapter, tmp_path / "run", *flags, ranks=2, at=at, codes=killed)
+    assert "rank 0: another rank has died" in printed
+    printed = run(driver, chapter, tmp_path / "run", *flags, "--resume", "auto", ranks=2, codes=(0, 0))
+    assert "goes on from" in printed
+    same(tmp_path / "run" / inside, tmp_path / "whole" / inside)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
