@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -82,8 +83,11 @@ def test_a_port_in_use_ends_all_ranks_in_one_line_each_and_nothing_is_written(dr
         held.bind(("127.0.0.1", 0))
         held.listen()
         port = held.getsockname()[1]
+        answer = threading.Timer(30, held.close)  # or a rank that waits for ever would hang this test
+        answer.start()
         start(driver, "sft", tmp_path / "run", "--timeout", 3, ranks=2, port=port)
         codes, printed = wait(driver, tmp_path / "run")
+        answer.cancel()
     assert codes == [2, 2] and "Traceback" not in printed and not (tmp_path / "run").exists()
     first, second = sorted(x for x in printed.splitlines() if "error" in x)
     text = f"error: cannot meet the other ranks at 127.0.0.1:{port}: "
