@@ -1,12 +1,14 @@
 """--shard: models split among ranks by FSDP2 are trained, sampled from, saved and resumed like whole ones."""
 
+import math
 import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_ranks import on_ranks
 from test_resume import chapters, driver, newest, rows, run, same, stages, whole  # noqa: F401
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import reward
 import sft
@@ -87,6 +89,45 @@ def test_a_model_with_tied_weights_is_sharded_and_saved(driver, stages, tmp_path
     near(tmp_path / "two", tmp_path / "one")
     model, _ = sft.load_causal_lm(tmp_path / "two")
     assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_gradients_of_shards_are_those_of_the_whole_model():
+    on_ranks(2, same_gradients)
+
+
+def same_gradients():
+    """Losses are parts of a sum over the ranks: their gradients are added up, not averaged."""
+    examples = [{"prompt": [3, 4, 5, 6][: 4 - i], "response": [7, 8, 9, 2][i:]} for i in range(4)]
+    models = {}
+    for name, part in (("whole", examples), ("shards", sft.shard(examples))):
+        torch.manual_seed(0)
+        models[name] = LlamaForCausalLM(
+            LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=16)
+        ).eval()
+        if name == "shards":
+            sft.shard_model(models[name], torch.device("cpu"))
+        batch = sft.make_batch([e["prompt"] for e in part], [e["response"] for e in part], 0, "cpu")
+        sft.sft_loss(models[name], batch, token_count=10).backward()
+    for p, q in zip(models["whole"].parameters(), models["shards"].parameters(), strict=True):
+        torch.testing.assert_close(sft.whole(q.grad), p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_all_ranks_skip_an_update_of_which_one_shard_is_not_finite():
+    on_ranks(2, skip_together)
+
+
+def skip_together():
+    """The gradient of the last row, which is rank 1's, is infinite, and the loss is not."""
+    model = torch.nn.Linear(2, 4, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    sft.shard_model(model, torch.device("cpu"))
+    optimizer = torch.optim.AdamW(model.parameters(), **sft.ADAM)
+
+    def loss():
+        return model(torch.ones(1, 2))[0, 3].sqrt()
+
+    assert math.isnan(sft.update(model, optimizer, [loss], 1.0))
+    assert not sft.whole(model.weight).any()
 
 
 def test_sharding_without_torchrun_is_refused(capsys):
