@@ -98,12 +98,11 @@ def test_gradients_of_shards_are_those_of_the_whole_model():
 def same_gradients():
     """Losses are parts of a sum over the ranks: their gradients are added up, not averaged."""
     examples = [{"prompt": [3, 4, 5, 6][: 4 - i], "response": [7, 8, 9, 2][i:]} for i in range(4)]
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     models = {}
     for name, part in (("whole", examples), ("shards", sft.shard(examples))):
         torch.manual_seed(0)
-        models[name] = LlamaForCausalLM(
-            LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=16)
-        ).eval()
+        models[name] = LlamaForCausalLM(LlamaConfig(vocab_size=40, **size)).eval()
         if name == "shards":
             sft.shard_model(models[name], torch.device("cpu"))
         batch = sft.make_batch([e["prompt"] for e in part], [e["response"] for e in part], 0, "cpu")
