@@ -702,10 +702,14 @@ def join(backend, timeout):
         print(f"rank {os.environ['RANK']}: error: {text}", file=sys.stderr, flush=True)
         os._exit(2)
 
-    clock = threading.Timer(timeout + 5, give_up)
+    clock, most = threading.Timer(timeout + 5, give_up), timedelta(seconds=timeout)
     clock.start()
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        store, number, count = next(dist.rendezvous("env://", timeout=most))
+        # torchrun's own store outlives a restart, in which ranks must not meet addresses of dead ones.
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group(backend, timeout=most, store=store, rank=number, world_size=count)
     except dist.DistError as error:
         fail(f"cannot meet the other ranks at {place}: {str(error).splitlines()[0]}")
     finally:

@@ -161,7 +161,7 @@ def test_torchrun_starts_a_run_again_of_which_a_rank_was_killed(torchrun, undist
     wanted, flags = undisturbed["ma_ppo"]
     options = ["--nproc_per_node=2", f"--master_port={free_port()}", "--max_restarts=3"]
     code, printed = torchrun(options, flags, lost="rank")()
-    assert code == 0 and (tmp_path / "lost").exists()
+    assert code == 0 and (tmp_path / "lost").exists(), printed
     assert f"rank 0: {LOST.format(600)}" in printed
     assert re.search("goes on from .*step-000002, 2 of 4 steps are done", printed)
     same(tmp_path / "run/fixed", wanted)
@@ -183,7 +183,7 @@ def test_a_run_on_two_machines_survives_the_loss_of_one(torchrun, undisturbed, t
         goes, stays = torchrun(meets, flags, lost="machine"), torchrun(joins, flags)
         assert goes()[0] == -signal.SIGKILL
         code, printed = stays()
-        assert code == 1 and LOST.format(600) in printed
+        assert code == 1 and LOST.format(600) in printed, printed
         stays, again = torchrun(meets, flags), torchrun(joins, flags)
     ended = [stays(), again()]
     assert [code for code, _ in ended] == [0, 0], ended
