@@ -20,6 +20,7 @@ and `macro_gae`: their difference is the paper's idea.
 """
 
 import copy
+import inspect
 import json
 import math
 import os
@@ -124,6 +125,11 @@ def draw(logprobs, uniforms):
     return drawn.clamp(max=logprobs.shape[1] - 1)  # NaN has no place: the update will be skipped
 
 
+# What transformers calls the keys and values of earlier tokens: `cache` since its version 5.24.
+_arguments = inspect.signature(sft.LlamaForCausalLM.forward).parameters
+CACHE = "cache" if "cache" in _arguments else "past_key_values"
+
+
 @torch.no_grad()
 def generate(model, prompts, uniforms, tokenizer, cfg):
     """Sample a response to each prompt, token by token, reusing the keys and values of all earlier tokens.
@@ -138,8 +144,8 @@ def generate(model, prompts, uniforms, tokenizer, cfg):
     done = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)  # [B]
     for u in uniforms.to(model.device).T:  # [B]
         inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": place}
-        output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
+        output = model(**inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+        cache = output[CACHE]
         tokens = draw(shaped(output.logits[:, -1].float(), cfg), u)[:, None]  # [B, 1]
         sampled.append(tokens)
         done |= tokens.squeeze(1) == tokenizer.eos_token_id
