@@ -1,38 +1,95 @@
 """Chapter 4: PPO on macro actions, beside PPO on tokens.
 
-PPO samples responses, scores them, asks which actions were better than expected, and makes those likelier. In
-RLHF an action is usually one token, so that a score that arrives after 80 tokens has to be explained
-through 80 decisions. MA-RLHF explains it through a few macro actions (chapter 3). Everything but
-advantages and returns stays the same:
+A primer. PPO learns from its own tries. All of its words, on one response of six tokens:
 
-    token   delta_t = r_t + gamma V(s_t+1) - V(s_t)      A_t = delta_t + gamma lam A_t+1
-    macro   delta_k = R_k + gamma V_k+1    - V_k         A_k = delta_k + gamma lam A_k+1
+    token                 the    trip     was    nice     .    <eos>
+    reward      r          0     -1        0      0       0      3
+    value       V          1      3        0      1       2      1
+    advantage   A        .38  -3.25     1.50   1.00       0   2.00     token_gae, lambda = 1/2
+                       |-------------|--------------------|-------|
+    reward      R           -1                0              3
+    value       V            2                1              1
+    advantage   A         -1.5              1.0            2.0         macro_gae, lambda = 1/2
 
-with R_k and V_k pooled from the tokens of macro action k. Read `train` for the algorithm, then `token_gae`
-and `macro_gae`: their difference is the paper's idea.
+policy        the language model that writes responses, and learns. An *action* is what it decides:
+              a token, or, for us, a *macro action*, a run of tokens judged together (chapter 3).
+reward model  gives a whole response one score (chapter 2), here 3: nobody labels single tokens.
+reference     the policy as it was before PPO, frozen: the memory of what normal text looks like.
+KL penalty    at each token beta (log pi - log pi_ref) is paid, here 1 for "trip", which the
+              reference finds unlikely. The reward model knows normal text only; without a leash the
+              policy drifts to where its scores are wrong and high. Paid at each token, it tells
+              *which* token has left normal text. (KL divergence: the expected sum of these logs.)
+reward r      what a token earns: the penalty, and at the last real token the score as well.
+return        the sum of the rewards from a token on: what is still to come, and what training wants
+              large. One sample of it is noisy: it depends on all tokens that happened to follow.
+value V       the critic's guess of the return, before the token is chosen. The critic is a second
+              model, which learns to predict. It is what "better than expected" is measured by.
+advantage A   how much better an action turned out than expected: positive ones are made likelier,
+              negative ones less likely. Without the comparison, every token of a good response
+              would be praised, and the praise would drown in noise.
+delta         one step of surprise: r_t + V(s_{t+1}) - V(s_t), where s_t is the text before token
+              t. If the critic is right, only the choice of token t can have caused it.
+GAE           generalized advantage estimation: A_t = delta_t + lambda A_{t+1}, the sum of the
+              surprises from t on, each discounted by lambda per step.
+lambda        the trade-off. 0: trust the critic, look one step ahead: little noise, but all of the
+              critic's errors (*bias*). 1: trust the return, use the critic as baseline only: no
+              bias, all the noise. In between, news from d steps ahead arrives times lambda^d, so
+              that credit reaches about 1 / (1 - lambda) steps: the *horizon*, 20 for .95.
+gamma         a discount of the rewards themselves; 1 here, for a late score counts in full.
+whitening     advantages are shifted and scaled to mean 0 and variance 1 over the batch: step sizes
+              then do not depend on the units of the score. After the returns are taken, for the
+              critic must predict real rewards.
+ratio         pi(a) / pi_old(a), the token's probability now against that when it was sampled. The
+              loss is -ratio x A. Before the first update the ratio is 1, but its *gradient* is
+              that of log pi: the loss is no measure of progress, its slope is all that counts.
+clip          once the ratio has left 1 +- 0.2 in the direction that A asks for, the gradient is cut
+              off: a few responses must not carry the policy far from where they were sampled. With
+              one update per rollout, the default, this never happens.
 
-    python ma_ppo.py                                      # SFT, RM, both arms, curves: minutes on a CPU
-    python ma_ppo.py --terminations token fixed control   # with the control experiment
-    python ma_ppo.py --terminations fixed --n 10 --out runs/n10
-    python ma_ppo.py --task toy-code                      # programs, rewarded by unit tests: no RM
-    python ma_ppo.py --task hh --data pairs.jsonl.gz      # real preference pairs
-    torchrun --nproc_per_node=2 ma_ppo.py                 # the same run on two processes
+Why should macro actions help? The score is earned at the end, and has to travel back to the early
+tokens *through the critic's guesses*: each decision on the way multiplies it by lambda, and replaces
+what was lost by the critic's opinion. Over 80 tokens at .95 nothing of it arrives (.95^80 = .02), so
+that early tokens learn what the critic thinks; and the critic started as a reward model that was
+only ever read at the end of a response. With macro actions of 5 tokens there are 16 decisions
+(.95^16 = .44): a longer horizon in tokens. But lambda = .95^(1/5) at token level has that horizon
+too, for (lambda^(1/n))^n = lambda. This is the arm `control`: what macro actions do beyond it, such
+as averaging the critic's noise (3 and 1 above became 2), shows in the difference of the two.
+
+The equation, and the whole difference (k counts macro actions, R_k and V_k are pooled from tokens):
+
+    token   delta_t = r_t + gamma V(s_{t+1}) - V(s_t)      A_t = delta_t + gamma lambda A_{t+1}
+    macro   delta_k = R_k + gamma V_{k+1}    - V_k         A_k = delta_k + gamma lambda A_{k+1}
+
+    python ma_ppo.py                                # SFT, RM, two arms, curves: minutes on a CPU
+    python ma_ppo.py --arms token fixed control     # with the control experiment
+    python ma_ppo.py --arms fixed --n 10 --out runs/n10 --sft runs/toy/sft --reward_model runs/toy/reward
+    python ma_ppo.py --task toy-code                # programs, rewarded by unit tests: no RM
+    torchrun --nproc_per_node=2 ma_ppo.py           # the same run on two processes
+
+Look at rm_score in the bar, and at runs/toy/curves.png: `fixed` rises before `token`.
+Source: Chai et al., MA-RLHF, ICLR 2025, section 3; PPO: Schulman et al., 2017; GAE: 2016.
+
+Contents
+    the story     Config, train: the algorithm in six steps, then the functions of each step
+    Appendix A    models, prompts and stages that are missing
+    Appendix B    what is logged
+    Appendix C    settings that cannot work
+You may stop reading at Appendix A.
 """
 
 import copy
-import inspect
-import json
 import math
 import os
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
 import reward
 import segment
@@ -45,30 +102,35 @@ from sft import opt, print0
 class Config(sft.Config):
     """Settings of the PPO chapter. Values without a source were found on the toy."""
 
-    model: str = opt("", "what sft.py starts from, if OUT/sft has to be made")
-    sft: str = opt("", "SFT model: policy and reference start from it; empty: OUT/sft, made if missing")
-    reward_model: str = opt("", "RM: gives the score, and the critic starts from it; empty: OUT/reward")
-    terminations: list[str] = opt(["token", "fixed"], "arms to train, one after the other (all: see README)")
-    n: int = opt(5, "tokens in a macro action of `fixed` (paper: 5; code: 10); `control` takes lam^(1/n)")
+    arms: list[str] = opt(
+        ["token", "fixed"],
+        "trainings to compare, one after the other: terminations of chapter 3, or control",
+        "--terminations",
+    )
+    n: int = opt(5, "tokens in a macro action of `fixed` (paper: 5; code: 10)")
     steps: int = opt(60, "PPO steps: one rollout of the whole batch, then ppo_epochs updates")
     batch_size: int = opt(64, "responses per step, over all ranks (paper: 256)")
-    micro_batch_size: int = opt(64, "responses per forward pass and rank; changes memory, not the result")
+    micro_batch_size: int = opt(64, "responses per forward pass and rank: memory, not the result")
     lr: float = opt(5e-4, "learning rate of the policy, constant after the warm-up")
     critic_lr: float = opt(1e-3, "learning rate of the critic")
-    warmup: int = opt(10, "steps of linear warm-up of the policy's rate; the critic learns at once")
-    gamma: float = opt(1.0, "discount per action: macro action, or token in `token` and `control` (paper: 1)")
-    lam: float = opt(0.95, "GAE's lambda, per action like --gamma (paper: 0.95)")
+    warmup: int = opt(10, "steps in which the policy's rate rises; the critic learns at once")
+    gamma: float = opt(1.0, "discount per action, macro action or token (paper: 1)")
+    lam: float = opt(0.95, "GAE's lambda, per action like gamma; control: lam^(1/n) (paper: 0.95)")
     beta: float = opt(0.05, "weight of the KL penalty, reward per nat (paper: 0.05)")
-    parser: str = opt("spacy", "of the arm `parsing`: spacy (dependencies), or benepar (constituents; paper)")
-    sigma: str = opt("equal", "value of a macro action: equal, last, decay or first (paper: equal)")
-    macro_reward: str = opt("sum", "reward of a macro action: sum (paper) or mean (reference code)")
-    ratio: str = opt("token", "probability ratio per token (reference code) or per macro action (paper)")
     clip: float = opt(0.2, "PPO's clipping range, of the ratio and of the value (paper: 0.2)")
-    ppo_epochs: int = opt(1, "updates per rollout (paper: 1; then the ratio is always 1: nothing is clipped)")
+    ppo_epochs: int = opt(1, "updates per rollout (paper: 1; then nothing is ever clipped)")
+    no_eos_score: float = opt(-4.0, "score of a response that does not end by itself")
     temperature: float = opt(1.0, "of sampling, and of every log-probability (paper: 0.8)")
     top_k: int = opt(0, "sample from the k likeliest tokens only (paper: 50); 0: from all")
-    top_p: float = opt(1.0, "sample from the likeliest tokens that make up this probability; 1: from all")
-    no_eos_score: float = opt(-4.0, "score of a response that does not end by itself (programs: -1)")
+    top_p: float = opt(1.0, "sample from the likeliest tokens that make up this probability")
+    # Variants of the method.
+    sigma: str = opt("equal", "value of a macro action: equal, last, decay or first (paper: equal)")
+    macro_reward: str = opt("sum", "reward of a macro action: sum (paper) or mean (reference code)")
+    ratio: str = opt("token", "probability ratio per token, or per macro action (paper's formula)")
+    # Where models come from, and go to.
+    model: str = opt("", "what sft.py starts from, if OUT/sft has to be made")
+    sft: str = opt("", "SFT model: policy and reference; empty: OUT/sft, made if missing")
+    reward_model: str = opt("", "RM: the score, and the critic's start; empty: OUT/reward")
     save_every: int = opt(20, "steps between checkpoints; 0: only at the end and when interrupted")
 
 
@@ -83,7 +145,7 @@ class Rollout:
     logprobs: torch.Tensor = None  # [B, T] log pi of the tokens, under the policy that sampled them
     ref_logprobs: torch.Tensor = None  # [B, T] the same under the reference
     entropy: torch.Tensor = None  # [B, T] nats
-    values: torch.Tensor = None  # [B, T] critic's V(s_t), s_t the state in front of token t
+    values: torch.Tensor = None  # [B, T] critic's V(s_t), s_t the text in front of token t
     scores: torch.Tensor = None  # [B] RM score, or that of the unit tests, or no_eos_score
     gold: list = None  # B gold scores, None where the task has none
     passed: torch.Tensor = None  # [B] whether all unit tests passed, None where there are none
@@ -94,22 +156,118 @@ class Rollout:
     returns: torch.Tensor = None  # [B, T]
 
 
-def allowed(logits, top_k, top_p):
-    """Which tokens top-k and top-p leave in the distribution.  logits: [..., V] -> BoolTensor [..., V]"""
-    keep = torch.ones_like(logits, dtype=torch.bool)  # [..., V]
-    if top_k:
-        keep &= logits >= logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
-    if top_p < 1:
-        probs, order = logits.masked_fill(~keep, -torch.inf).softmax(-1).sort(-1, descending=True)  # [..., V]
-        inside = probs.cumsum(-1) - probs < top_p  # a token stays if those before it do not yet reach top_p
-        keep &= torch.zeros_like(keep).scatter(-1, order, inside)
-    return keep
+def train(arm, out, cfg, device):
+    """PPO with one kind of macro action: the algorithm, in six steps."""
+    models, optimizers, tokenizer = load_models(cfg, device)
+    prompts = load_prompts(tokenizer, cfg)
+    cfg.steps = sft.count_steps(cfg, len(prompts))
+    print0(f"PPO, arm {arm}: {len(prompts):,} prompts, {cfg.steps} steps -> {out}")
+    run = sft.Run(cfg, out, arm, models, optimizers)
+    run.begin()  # at step 0, or where an interrupted run was
+    settings = asdict(cfg) | {"arm": arm, "ranks": sft.world()}
+    sft.on_rank0(sft.write_json, out / "config.json", settings)
+    for step in run.steps():
+        clock = [sft.tick(device)]
+        examples = sft.my_share(sft.batch_rows(prompts, step, cfg.batch_size, cfg.seed))
+        # 1. The policy writes a response to each prompt.
+        rollout = sample(models["policy"], examples, step, tokenizer, cfg)
+        # 2. The four models judge: how likely is each token, what is expected, what is the score?
+        judge(rollout, models, examples, tokenizer, cfg)
+        clock.append(sft.tick(device))
+        # 3. The responses are cut into macro actions.
+        cut(arm, rollout, tokenizer, cfg)
+        # 4. Each token gets its reward: the KL penalty, and the last one the score.
+        rewards = token_rewards(rollout, cfg.beta)  # [B, T]
+        # 5. Each action gets its advantage: how much better was it than expected?
+        assign_credit(arm, rollout, rewards, cfg)
+        clock.append(sft.tick(device))
+        # 6. The policy makes good actions likelier; the critic learns to expect what came.
+        losses = improve(rollout, models, optimizers, step, cfg)
+        clock.append(sft.tick(device))
+        log(run, step, rollout, examples, losses, clock, tokenizer)
+    sft.save_models([models["policy"], tokenizer], out / "model")
+    sft.write_result(out, cfg, {"arm": arm})  # run.json: from here on the folder is complete
+
+
+# Step 1. Sampling.
+
+
+def sample(policy, examples, step, tokenizer, cfg):
+    """Sample a response to each prompt -> Rollout.
+
+    The noise of a response is a function of (seed, step, prompt number) alone. So a run repeats
+    itself exactly, on any number of ranks, and all arms meet the same luck.
+    """
+    seeds = [[cfg.seed, step, example["number"]] for example in examples]
+    uniforms = np.array([np.random.default_rng(seed).random(cfg.max_response) for seed in seeds])
+    uniforms = torch.tensor(uniforms)  # [B, max_response]
+    prompts = [example["prompt"] for example in examples]
+    responses = []
+    for part in sft.micro_slices(len(prompts), cfg.micro_batch_size):
+        responses += generate(policy, prompts[part], uniforms[part], tokenizer, cfg)
+    batch = sft.make_batch(prompts, responses, tokenizer.pad_token_id, policy.device)
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return Rollout(batch, seeds, responses, texts)
+
+
+@torch.no_grad()
+def generate(model, prompts, uniforms, tokenizer, cfg):
+    """Write a response to each prompt, token by token.
+
+    The keys and values of earlier tokens are kept in a cache and read again, so that each step
+    computes one new token per row.
+
+    prompts: B token lists; uniforms: float64 tensor [B, max_response], the randomness of each row.
+    A row's response depends on its own prompt and uniforms only, not on its batch. Returns B token
+    lists, which end in EOS unless cut.
+    """
+    responses = [[]] * len(prompts)
+    batch = sft.make_batch(prompts, responses, tokenizer.pad_token_id, model.device)
+    tokens, attention = batch.tokens[:, :-1], batch.attention[:, :-1]  # [B, P]
+    place = sft.positions(attention)  # [B, P]
+    cache, sampled = None, []
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)  # [B]
+    with sft.autocast(model, cache=True):  # weights are cast once, not for every token
+        for u in uniforms.to(model.device).T:  # [B]
+            output = model(
+                input_ids=tokens,
+                attention_mask=attention,
+                position_ids=place,
+                cache=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = output.cache
+            logprobs = shaped(output.logits[:, -1].float(), cfg)  # [B, V]
+            tokens = draw(logprobs, u)[:, None]  # [B, 1]
+            sampled.append(tokens)
+            done |= tokens.squeeze(1) == tokenizer.eos_token_id
+            if everywhere(done.all(), model):
+                break
+            attention = torch.cat([attention, torch.ones_like(tokens)], 1)  # [B, P+t+1]
+            place = place[:, -1:] + 1  # [B, 1]
+    rows = torch.cat(sampled, 1).tolist()
+    return [up_to_end(row, tokenizer.eos_token_id) for row in rows]
+
+
+def up_to_end(row, eos):
+    """A sampled row up to its first end mark; rows that end early were sampled on for nothing."""
+    return row[: row.index(eos) + 1] if eos in row else row
+
+
+def everywhere(done, model):
+    """Whether this rank is done; with a sharded model, which all must call equally often, all."""
+    if sft.is_sharded(model):
+        return float(sft.all_sum(float(done))) == sft.world()
+    return bool(done)
 
 
 def shaped(logits, cfg, keep=None):
-    """Log-probabilities of the one distribution that is both sampled from and scored (SPEC 6.7, 8).  [..., V]
+    """Log-probabilities after temperature, top-k and top-p.  [..., V] -> [..., V]
 
-    `keep`: BoolTensor [..., V] of the allowed tokens; by default those that the logits themselves allow.
+    There must be one distribution, both sampled from and scored: a ratio or KL between the sampled
+    distribution and another one would be wrong from the first step.
+    keep: BoolTensor [..., V] of allowed tokens; by default those that the logits themselves allow.
     """
     logits = logits / cfg.temperature  # [..., V]
     if cfg.top_k or cfg.top_p < 1:
@@ -118,106 +276,67 @@ def shaped(logits, cfg, keep=None):
     return logits.log_softmax(-1)
 
 
+def allowed(logits, top_k, top_p):
+    """Which tokens top-k and top-p leave.  logits: [..., V] -> BoolTensor [..., V]"""
+    keep = torch.ones_like(logits, dtype=torch.bool)  # [..., V]
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]  # [..., 1]
+        keep &= logits >= least
+    if top_p < 1:
+        probs = logits.masked_fill(~keep, -torch.inf).softmax(-1)  # [..., V]
+        probs, order = probs.sort(-1, descending=True)  # [..., V]
+        # A token stays if those before it do not yet make up top_p.
+        inside = probs.cumsum(-1) - probs < top_p  # [..., V]
+        keep &= torch.zeros_like(keep).scatter(-1, order, inside)
+    return keep
+
+
 def draw(logprobs, uniforms):
-    """Sample by inverting the cumulative distribution.  logprobs [B, V], uniforms [B] -> LongTensor [B]"""
-    cdf = logprobs.double().exp().cumsum(-1)  # [B, V]; double: 100,000 small probabilities must add up
+    """Sample by inverting the cumulative distribution.  [B, V], [B] -> LongTensor [B]
+
+    The token is where the running sum of the probabilities passes the row's uniform number.
+    """
+    cdf = logprobs.double().exp().cumsum(-1)  # [B, V]; double: 100,000 small numbers must add up
     drawn = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(1)  # [B]
     return drawn.clamp(max=logprobs.shape[1] - 1)  # NaN has no place: the update will be skipped
 
 
-# What transformers calls the keys and values of earlier tokens: `cache` since its version 5.24.
-_arguments = inspect.signature(sft.LlamaForCausalLM.forward).parameters
-CACHE = "cache" if "cache" in _arguments else "past_key_values"
+# Step 2. Judging.
 
 
 @torch.no_grad()
-def generate(model, prompts, uniforms, tokenizer, cfg):
-    """Sample a response to each prompt, token by token, reusing the keys and values of all earlier tokens.
-
-    prompts: B token lists; uniforms: float64 tensor [B, max_response], the randomness of each row. A row's
-    response depends on its own prompt and uniforms only, not on its batch. Returns B token lists, which end
-    in EOS unless cut.
-    """
-    batch = sft.make_batch(prompts, [[]] * len(prompts), tokenizer.pad_token_id, model.device)
-    tokens, attention = batch.tokens[:, :-1], batch.attention[:, :-1]  # [B, P]
-    place, cache, sampled = sft.positions(attention), None, []
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)  # [B]
-    for u in uniforms.to(model.device).T:  # [B]
-        inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": place}
-        output = model(**inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
-        cache = output[CACHE]
-        tokens = draw(shaped(output.logits[:, -1].float(), cfg), u)[:, None]  # [B, 1]
-        sampled.append(tokens)
-        done |= tokens.squeeze(1) == tokenizer.eos_token_id
-        if everywhere(done.all(), model):
-            break
-        attention = torch.cat([attention, torch.ones_like(tokens)], 1)  # [B, P+t+1]
-        place = place[:, -1:] + 1  # [B, 1]
-    rows, eos = torch.cat(sampled, 1).tolist(), tokenizer.eos_token_id
-    return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
-
-
-def everywhere(done, model):
-    """Whether this rank is done; with a sharded model, which all ranks must call equally often, all ranks."""
-    return float(sft.all_sum(float(done))) == sft.world() if sft.sharded(model) else bool(done)
-
-
-def sample(policy, examples, step, tokenizer, cfg):
-    """1. Sample a response to each prompt, with noise seeded by (seed, step, prompt number) -> Rollout."""
-    seeds = [[cfg.seed, step, example["number"]] for example in examples]
-    uniforms = np.array([np.random.default_rng(s).random(cfg.max_response) for s in seeds])
-    uniforms = torch.tensor(uniforms)  # [B, max_response]
-    prompts, responses = [example["prompt"] for example in examples], []
-    for part in sft.micro_slices(len(prompts), cfg.micro_batch_size):
-        responses += generate(policy, prompts[part], uniforms[part], tokenizer, cfg)
-    batch = sft.make_batch(prompts, responses, tokenizer.pad_token_id, policy.device)
-    return Rollout(batch, seeds, responses, tokenizer.batch_decode(responses, skip_special_tokens=True))
+def judge(rollout, models, examples, tokenizer, cfg):
+    """Ask policy and reference for log-probabilities, the critic for values, the RM for scores."""
+    columns = {"logprobs": [], "ref_logprobs": [], "entropy": [], "values": []}
+    for part in sft.micro_slices(len(examples), cfg.micro_batch_size):
+        batch = rollout.batch.rows(part)
+        logprobs, every, keep = token_logprobs(models["policy"], batch, cfg)
+        # The reference is asked about the same allowed tokens: else one that only the policy
+        # allows would cost infinite KL.
+        ref_logprobs, _, _ = token_logprobs(models["reference"], batch, cfg, keep)
+        columns["logprobs"].append(logprobs)
+        columns["ref_logprobs"].append(ref_logprobs)
+        columns["entropy"].append(torch.special.entr(every.exp()).sum(-1) * batch.mask)
+        columns["values"].append(state_values(models["critic"], batch) * batch.mask)
+    for name, parts in columns.items():
+        setattr(rollout, name, torch.cat(parts))  # [B, T]
+    score(rollout, models, examples, tokenizer, cfg)
 
 
 def token_logprobs(model, batch, cfg, keep=None):
     """Log-probabilities of the response tokens, and of everything that could have stood there.
 
-    keep: BoolTensor [B, T, V] of allowed tokens; by default those that this model's own logits allow, plus
-    the sampled token, which rounding may have pushed over the edge. Returns ([B, T] masked, [B, T, V], keep).
+    keep: BoolTensor [B, T, V] of allowed tokens; by default those that this model's own logits
+    allow, plus the sampled token, which rounding may have pushed over the edge.
+    Returns ([B, T] masked, [B, T, V], keep).
     """
     logits = sft.response_logits(model, batch)  # [B, T, V]
+    responses = batch.responses[..., None]  # [B, T, 1]
     if keep is None and (cfg.top_k or cfg.top_p < 1):
         keep = allowed(logits.detach() / cfg.temperature, cfg.top_k, cfg.top_p)
-        keep = keep.scatter(-1, batch.responses[..., None], True)  # [B, T, V]
+        keep = keep.scatter(-1, responses, True)  # [B, T, V]
     every = shaped(logits, cfg, keep)  # [B, T, V]
-    return every.gather(-1, batch.responses[..., None]).squeeze(-1) * batch.mask, every, keep
-
-
-@torch.no_grad()
-def judge(rollout, models, examples, tokenizer, cfg):
-    """2. Judge the rollout: log-probabilities under policy and reference, values, scores."""
-    names, parts = ("logprobs", "ref_logprobs", "entropy", "values"), []
-    for part in sft.micro_slices(len(examples), cfg.micro_batch_size):
-        batch = rollout.batch.rows(part)
-        logprobs, every, keep = token_logprobs(models["policy"], batch, cfg)
-        # The reference is asked about the same allowed tokens: one it does not allow would cost infinite KL.
-        ref_logprobs, _, _ = token_logprobs(models["reference"], batch, cfg, keep)
-        entropy = torch.special.entr(every.exp()).sum(-1) * batch.mask  # [B, T]
-        values = state_values(models["critic"], batch) * batch.mask  # [B, T]
-        parts.append((logprobs, ref_logprobs, entropy, values))
-    for name, tensors in zip(names, zip(*parts, strict=True), strict=True):
-        setattr(rollout, name, torch.cat(tensors))
-    score(rollout, models, examples, tokenizer, cfg)
-
-
-def score(rollout, models, examples, tokenizer, cfg):
-    """The RM's scores, or those of programs' unit tests (SPEC 7); no_eos_score where a response is cut."""
-    stopped = ended(rollout.batch, tokenizer)  # [B]
-    if "problem" in examples[0]:
-        scores = reward.program_rewards(rollout.texts, [example["problem"] for example in examples])
-        scores = torch.tensor(scores, device=stopped.device)  # [B]
-        rollout.passed = (scores == 1) & stopped  # [B]
-    else:
-        parts = map(rollout.batch.rows, sft.micro_slices(len(examples), cfg.micro_batch_size))
-        scores = torch.cat([reward.last_token_scores(models["reward"], part) for part in parts])  # [B]
-    rollout.scores = torch.where(stopped, scores, cfg.no_eos_score)  # [B]
-    if cfg.task == "toy":
-        rollout.gold = [reward.gold_score(examples[i]["text"], text) for i, text in enumerate(rollout.texts)]
+    return every.gather(-1, responses).squeeze(-1) * batch.mask, every, keep
 
 
 def state_values(critic, batch):
@@ -225,60 +344,92 @@ def state_values(critic, batch):
     return critic(batch)[:, -batch.mask.shape[1] - 1 : -1]  # [B, T]
 
 
+def score(rollout, models, examples, tokenizer, cfg):
+    """The score of each response: the RM's, or that of its unit tests.
+
+    A response that was cut before its end mark gets no_eos_score: the RM has never judged half an
+    answer, and a policy that never stops must not be paid for it.
+    """
+    stopped = ended(rollout.batch, tokenizer)  # [B]
+    if "problem" in examples[0]:
+        problems = [example["problem"] for example in examples]
+        scores = torch.tensor(reward.program_rewards(rollout.texts, problems))  # [B]
+        scores = scores.to(stopped.device)
+        rollout.passed = (scores == 1) & stopped  # [B]
+    else:
+        scores = []
+        for part in sft.micro_slices(len(examples), cfg.micro_batch_size):
+            scores.append(reward.last_token_scores(models["reward"], rollout.batch.rows(part)))
+        scores = torch.cat(scores)  # [B]
+    rollout.scores = torch.where(stopped, scores, cfg.no_eos_score)  # [B]
+    if cfg.task == "toy":
+        pairs = zip(examples, rollout.texts, strict=True)
+        rollout.gold = [reward.gold_score(example["facts"], text) for example, text in pairs]
+
+
 def ended(batch, tokenizer):
-    """Which responses contain an EOS.  -> BoolTensor [B]"""
+    """Which responses contain an end mark.  -> BoolTensor [B]"""
     return ((batch.responses == tokenizer.eos_token_id) & batch.mask.bool()).any(1)
 
 
-def macro_starts(arm, rollout, tokenizer, cfg):
-    """3. Mark where macro actions begin (chapter 3).  -> (BoolTensor [B, T], share that fell back)"""
-    mask = rollout.batch.mask
-    if arm == "fixed":
-        return segment.fixed_starts(mask, cfg.n), 0.0
-    if arm == "random":
-        seeds = [np.random.SeedSequence(seed).generate_state(1)[0] for seed in rollout.seeds]
-        return segment.random_starts(mask, seeds=seeds), 0.0
-    if arm == "perplexity":
-        return segment.perplexity_starts(mask, rollout.ref_logprobs), 0.0
-    if arm == "whole":
-        return segment.whole_starts(mask), 0.0
-    if arm in TEXT_STARTS:
-        read = [segment.token_offsets(tokenizer, tokens) for tokens in rollout.tokens]
-        texts, offsets = zip(*read, strict=True)
-        parser = [segment.PARSERS[cfg.parser]()] if arm == "parsing" else []
-        return TEXT_STARTS[arm](mask, texts, offsets, *parser)
-    return segment.token_starts(mask), 0.0  # token, and control
+# Step 3. Macro actions.
 
 
-TEXT_STARTS = {
-    "parsing": segment.parse_starts,
-    "sentence": segment.sentence_starts,
-    "word": segment.word_starts,
-    "ast": segment.ast_starts,
-}
-# control is no termination: token level with the horizon of `fixed` at gamma = 1, lam ** (1 / n) (SPEC 4).
-TERMINATIONS = ("token", "fixed", "random", "perplexity", "whole", "control", *TEXT_STARTS)
+def cut(arm, rollout, tokenizer, cfg):
+    """Mark where macro actions begin (chapter 3), and number them.
 
-
-def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
-    """4. The KL penalty at every token, plus the score at the last real one: the EOS (SPEC 1.3, 6.8).
-
-    scores: [B]; logprobs, ref_logprobs, mask: [B, T]; beta in reward per nat. Returns [B, T].
+    `control` is no termination: it has the tokens of `token`, and a longer horizon in step 5.
     """
-    rewards = -beta * (logprobs - ref_logprobs) * mask  # [B, T], k1: unbiased for the KL of what was sampled
+    responses = segment.Responses(
+        mask=rollout.batch.mask,
+        tokens=rollout.tokens,
+        tokenizer=tokenizer,
+        ref_logprobs=rollout.ref_logprobs,
+        seeds=[np.random.SeedSequence(seed).generate_state(1)[0] for seed in rollout.seeds],
+        n=cfg.n,
+    )
+    termination = "token" if arm == "control" else arm
+    rollout.starts, rollout.parse_fallback = segment.macro_starts(termination, responses)
+    rollout.seg = segment.segment_ids(rollout.starts, rollout.batch.mask)  # [B, T]
+
+
+# Step 4. Rewards.
+
+
+def token_rewards(rollout, beta):
+    """The KL penalty at every token, plus the score at the last real one.  -> [B, T]
+
+    beta: reward per nat. A nat is the unit of log-probabilities. The sum of log pi - log pi_ref
+    over a sampled response is an unbiased estimate of the KL divergence. The score lands on the
+    last *real* token, the end mark: in a padded row the last column stands behind the end, where
+    nothing was decided and the mask would throw the score away.
+
+    >>> mask = torch.tensor([[1, 1, 0]])  # a response of two tokens, and padding
+    >>> logprobs, ref_logprobs = torch.tensor([[-1.0, -2, 0]]), torch.tensor([[-3.0, -2, 0]])
+    >>> rollout = Rollout(sft.Batch(None, None, mask), [], [], [], logprobs, ref_logprobs)
+    >>> rollout.scores = torch.tensor([3.0])
+    >>> token_rewards(rollout, beta=0.5)
+    tensor([[-1.,  3.,  0.]])
+    """
+    mask = rollout.batch.mask  # [B, T]
+    rewards = -beta * (rollout.logprobs - rollout.ref_logprobs) * mask  # [B, T]
     last = (mask.sum(1, keepdim=True).long() - 1).clamp(min=0)  # [B, 1]
-    return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))  # [B, T]
+    return rewards.scatter_add(1, last, rollout.scores[:, None].to(rewards.dtype))  # [B, T]
+
+
+# Step 5. Credit. These two functions are what the paper is about: read them side by side.
 
 
 def token_gae(rewards, values, mask, gamma, lam):
-    """5. Advantages and returns per token (SPEC 4).
+    """Advantages and returns per token (GAE).
 
-    rewards, values, mask: [B, T]; gamma, lam: per token. Returns (advantages, returns), both [B, T].
+    rewards, values, mask: [B, T]; gamma, lam: per token. Returns (advantages, returns), [B, T],
+    0 in the padding. The primer's response, lam = 0.5: from the end, A_5 = 3 - 1 = 2,
+    A_4 = (0 + 1 - 2) + 0.5 x 2 = 0, A_3 = (0 + 2 - 1) + 0.5 x 0 = 1, and so on.
 
-    Two tokens, gamma = 1, lam = 0.5. A_1 = 2 - 1 = 1; delta_0 = 0 + 1 - 0.5 = 0.5; A_0 = 0.5 + 0.5 * 1 = 1.
-
-    >>> token_gae(torch.tensor([[0.0, 2.0]]), torch.tensor([[0.5, 1.0]]), torch.ones(1, 2), 1.0, 0.5)
-    (tensor([[1., 1.]]), tensor([[1.5000, 2.0000]]))
+    >>> rewards, values = torch.tensor([[0.0, -1, 0, 0, 0, 3]]), torch.tensor([[1.0, 3, 0, 1, 2, 1]])
+    >>> token_gae(rewards, values, torch.ones(1, 6), gamma=1.0, lam=0.5)[0].tolist()
+    [[0.375, -3.25, 1.5, 1.0, 0.0, 2.0]]
     """
     R = torch.where(mask.bool(), rewards, 0)  # [B, T]
     V = torch.where(mask.bool(), values, 0)  # [B, T], so V behind the last real step is 0
@@ -287,22 +438,22 @@ def token_gae(rewards, values, mask, gamma, lam):
     return A * mask, returns * mask
 
 
-def macro_gae(rewards, values, mask, seg, gamma, lam, sigma="equal", reward="sum"):
-    """5. Advantages and returns per macro action, handed to each of its tokens (SPEC 3, 4).
+def macro_gae(rewards, values, mask, seg, gamma, lam, value_pooling="equal", reward_pooling="sum"):
+    """Advantages and returns per macro action, handed to each of its tokens (paper, section 3.2).
 
-    rewards, values, mask: [B, T]; seg: LongTensor [B, T]; gamma, lam: per macro action; sigma, reward: see
-    `pool`. Returns (advantages, returns), [B, T], 0 in the padding.
-
-    Six tokens in macro actions of 2, 3 and 1; gamma = 1, lam = 0.5; the score 3 arrives at the end.
-    R = (0 - 1, 0, 3) = (-1, 0, 3); V = (mean(1, 3), mean(0, 1, 2), 1) = (2, 1, 1);
-    delta = (-1 + 1 - 2, 0 + 1 - 1, 3 - 1) = (-2, 0, 2); A_2 = 2, A_1 = 0 + 1 = 1, A_0 = -2 + 0.5 = -1.5.
+    rewards, values, mask: [B, T]; seg: LongTensor [B, T]; gamma, lam: per macro action;
+    value_pooling, reward_pooling: see `pool`. Returns (advantages, returns), [B, T], 0 in the
+    padding. The primer's response in macro actions of 2, 3 and 1 tokens, lam = 0.5:
+    R = (-1, 0, 3), V = (2, 1, 1); A_2 = 3 - 1 = 2, A_1 = (0 + 1 - 1) + 0.5 x 2 = 1,
+    A_0 = (-1 + 1 - 2) + 0.5 x 1 = -1.5.
 
     >>> rewards, values = torch.tensor([[0.0, -1, 0, 0, 0, 3]]), torch.tensor([[1.0, 3, 0, 1, 2, 1]])
-    >>> macro_gae(rewards, values, torch.ones(1, 6), torch.tensor([[0, 0, 1, 1, 1, 2]]), 1.0, 0.5)[0]
-    tensor([[-1.5000, -1.5000,  1.0000,  1.0000,  1.0000,  2.0000]])
+    >>> seg = torch.tensor([[0, 0, 1, 1, 1, 2]])
+    >>> macro_gae(rewards, values, torch.ones(1, 6), seg, gamma=1.0, lam=0.5)[0].tolist()
+    [[-1.5, -1.5, 1.0, 1.0, 1.0, 2.0]]
     """
-    R = pool(rewards, seg, mask, reward)  # [B, K]
-    V = pool(values, seg, mask, sigma)  # [B, K], so V behind the last macro action is 0
+    R = pool(rewards, seg, mask, reward_pooling)  # [B, K]
+    V = pool(values, seg, mask, value_pooling)  # [B, K], so V behind the last macro action is 0
     A = discounted_sum(R + gamma * shift(V) - V, gamma * lam)  # [B, K]
     returns = A + V  # [B, K]
     return A.gather(1, seg) * mask, returns.gather(1, seg) * mask
@@ -314,7 +465,7 @@ def shift(x):
 
 
 def discounted_sum(x, factor):
-    """y_i = x_i + factor * y_{i+1} along each row.  [B, N] -> [B, N]"""
+    """y_i = x_i + factor * y_{i+1} along each row, from the end.  [B, N] -> [B, N]"""
     y = torch.zeros_like(x)  # [B, N]
     running = torch.zeros_like(x[:, 0]) if x.shape[1] else None  # [B]
     for i in reversed(range(x.shape[1])):
@@ -323,24 +474,25 @@ def discounted_sum(x, factor):
     return y
 
 
-def credit(arm, rollout, tokenizer, cfg):
-    """3.-5. Segment the responses, assign rewards, estimate advantages and returns, whiten the advantages."""
-    mask = rollout.batch.mask
-    rollout.starts, rollout.parse_fallback = macro_starts(arm, rollout, tokenizer, cfg)  # [B, T]
-    rollout.seg = segment.segment_ids(rollout.starts, mask)  # [B, T]
-    rewards = token_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, mask, cfg.beta)  # [B, T]
+def assign_credit(arm, rollout, rewards, cfg):
+    """Advantages and returns of the arm's actions; the advantages are whitened.
+
+    rewards: [B, T]. The returns come first: they stay in units of reward, for the critic.
+    """
+    mask, values = rollout.batch.mask, rollout.values  # [B, T]
     if arm in ("token", "control"):
+        # control: the horizon of macro actions of n tokens, without macro actions
         lam = cfg.lam ** (1 / cfg.n) if arm == "control" else cfg.lam
-        advantages, rollout.returns = token_gae(rewards, rollout.values, mask, cfg.gamma, lam)
+        advantages, rollout.returns = token_gae(rewards, values, mask, cfg.gamma, lam)
     else:
         advantages, rollout.returns = macro_gae(
-            rewards, rollout.values, mask, rollout.seg, cfg.gamma, cfg.lam, cfg.sigma, cfg.macro_reward
+            rewards, values, mask, rollout.seg, cfg.gamma, cfg.lam, cfg.sigma, cfg.macro_reward
         )
-    rollout.advantages = whiten(advantages, mask)  # after the returns: those stay in units of reward (SPEC 8)
+    rollout.advantages = whiten(advantages, mask)  # [B, T]
 
 
 def whiten(x, mask):
-    """Mean 0, variance 1 over the real tokens of all ranks.  x, mask: [B, T] -> [B, T], 0 in the padding."""
+    """Mean 0, variance 1 over the real tokens of all ranks.  [B, T] -> [B, T], 0 in the padding."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     return torch.where(mask.bool(), (x - mean) / (variance + 1e-8) ** 0.5, 0)  # [B, T]
@@ -352,292 +504,226 @@ def masked_mean(x, mask):
     return float(sft.all_sum(x.sum().double().cpu()) / sft.all_sum(mask.sum()))
 
 
+# Step 6. Improvement.
+
+
 def ratios(logprobs, old_logprobs, mask, seg=None):
-    """pi / pi_old of each token; with `seg`, of the macro action that it belongs to.  [B, T] -> [B, T]"""
-    log_ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0)  # [B, T], whatever the padding holds
+    """pi / pi_old of each token; with `seg`, of the macro action that it is in.  -> [B, T]
+
+    A macro action's probability is the product of its tokens': logs are added.
+    """
+    log_ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0)  # [B, T]
     if seg is not None:
         log_ratio = pool(log_ratio, seg, mask, "sum").gather(1, seg)  # [B, T]
     return log_ratio.exp()
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, seg=None):
-    """PPO's clipped objective, averaged over real tokens (SPEC 5).
+    """PPO's clipped objective, averaged over real tokens.  -> scalar
 
-    All [B, T], seg a LongTensor: with it there is one ratio per macro action, exp of the sum over its tokens
-    (the paper's formula). Its L tokens share that ratio, so it weighs L times as much as with token ratios.
-    Returns a scalar.
+    All [B, T], seg a LongTensor: with it there is one ratio per macro action (the paper's formula).
+    Its L tokens share that ratio, so it weighs L times as much as with token ratios.
     """
     ratio = ratios(logprobs, old_logprobs, mask, seg)  # [B, T]
     clipped = ratio.clamp(1 - clip, 1 + clip)  # [B, T]
     advantages = torch.where(mask.bool(), advantages, 0)  # [B, T]
+    # min: of the two, the one that promises less. So clipping can only take gain away.
     loss = -torch.min(ratio * advantages, clipped * advantages)  # [B, T]
     return loss.sum() / mask.sum().clamp(min=1)
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2):
-    """Clipped squared error of the critic, averaged over real tokens (SPEC 5).  All [B, T] -> scalar."""
-    values, old_values, returns = (torch.where(mask.bool(), x, 0) for x in (values, old_values, returns))
+    """Clipped squared error of the critic, averaged over real tokens.  All [B, T] -> scalar."""
+    values = torch.where(mask.bool(), values, 0)  # [B, T]
+    old_values = torch.where(mask.bool(), old_values, 0)  # [B, T]
+    returns = torch.where(mask.bool(), returns, 0)  # [B, T]
     clipped = old_values + (values - old_values).clamp(-clip, clip)  # [B, T]
     loss = 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)  # [B, T]
     return loss.sum() / mask.sum().clamp(min=1)
 
 
 def improve(rollout, models, optimizers, step, cfg):
-    """6. Update policy and critic, ppo_epochs times on the whole rollout; returns the metrics of that."""
+    """Update policy and critic, ppo_epochs times on the whole rollout; returns {metric: number}."""
     token_count = float(sft.all_sum(rollout.batch.mask.sum().cpu()))
-    ramp = min(1.0, (step + 1) / max(1, cfg.warmup))
-    seen, results = [], []
-    for _ in range(cfg.ppo_epochs):
+    lr = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
+    policy_total, value_total, ratio_stats = 0.0, 0.0, []
+    for epoch in range(cfg.ppo_epochs):
+        seen = []  # what the ratios of this epoch's micro-batches were
         losses = policy_losses(rollout, models["policy"], token_count, cfg, seen)
-        policy = sft.update(models["policy"], optimizers["policy"], losses, cfg.lr * ramp)
+        policy_total += sft.update(models["policy"], optimizers["policy"], losses, lr)
         losses = value_losses(rollout, models["critic"], token_count, cfg)
-        critic = sft.update(models["critic"], optimizers["critic"], losses, cfg.critic_lr)
-        results.append((policy, critic))
-    clipped, counted = (float(sft.all_sum(sum(s[i] for s in seen))) for i in (0, 1))
-    first = [ratio for s in seen[: len(seen) // cfg.ppo_epochs] for ratio in s[2:]]
+        value_total += sft.update(models["critic"], optimizers["critic"], losses, cfg.critic_lr)
+        ratio_stats += [stats | {"epoch": epoch} for stats in seen]
     return {
-        "policy_loss": sum(p for p, _ in results) / len(results),
-        "value_loss": sum(v for _, v in results) / len(results),
-        "clip_fraction": clipped / counted,
-        "ratio_first": max(reward.gather(first), key=lambda ratio: abs(ratio - 1)),
-    }
+        "policy_loss": policy_total / cfg.ppo_epochs,
+        "value_loss": value_total / cfg.ppo_epochs,
+    } | ratio_metrics(ratio_stats)
 
 
 def policy_losses(rollout, policy, token_count, cfg, seen):
-    """A function for each micro-batch that computes its policy loss, divided by the batch-wide token count.
+    """A function for each micro-batch that computes its share of the policy loss.
 
-    Each appends (clipped ratios, number of ratios, smallest, largest) to the list `seen`; a ratio is one
-    of a token, or with --ratio macro of a macro action.
+    Each appends a dict about its ratios to the list `seen`.
     """
 
     def one_loss(part):
         batch = rollout.batch.rows(part)
-        old, seg = rollout.logprobs[part], rollout.seg[part] if cfg.ratio == "macro" else None
-        logprobs, _, _ = token_logprobs(policy, batch, cfg)
-        ratio = ratios(logprobs.detach(), old, batch.mask, seg)  # [B, T]
-        ratio = ratio[(batch.mask if seg is None else rollout.starts[part]).bool()]  # [number of ratios]
-        outside = float(((ratio - 1).abs() > cfg.clip).sum())
-        seen.append((outside, ratio.numel(), float(ratio.min()), float(ratio.max())))
-        loss = policy_loss(logprobs, old, rollout.advantages[part], batch.mask, cfg.clip, seg)
+        old, advantages = rollout.logprobs[part], rollout.advantages[part]  # [b, T]
+        seg = rollout.seg[part] if cfg.ratio == "macro" else None  # [b, T]
+        logprobs, _, _ = token_logprobs(policy, batch, cfg)  # [b, T]
+        ratio = ratios(logprobs.detach(), old, batch.mask, seg)  # [b, T]
+        counted = batch.mask if seg is None else rollout.starts[part]  # one per macro action
+        seen.append(describe_ratios(ratio[counted.bool()], cfg.clip))
+        loss = policy_loss(logprobs, old, advantages, batch.mask, cfg.clip, seg)
         return loss * batch.mask.sum() / token_count
 
-    return [partial(one_loss, part) for part in sft.micro_slices(len(rollout.texts), cfg.micro_batch_size)]
+    parts = sft.micro_slices(len(rollout.texts), cfg.micro_batch_size)
+    return [partial(one_loss, part) for part in parts]
 
 
 def value_losses(rollout, critic, token_count, cfg):
-    """A function for each micro-batch that computes its value loss, divided by the batch-wide token count."""
+    """A function for each micro-batch that computes its share of the value loss."""
 
     def one_loss(part):
         batch = rollout.batch.rows(part)
-        values = state_values(critic, batch)  # [B, T]
-        loss = value_loss(values, rollout.values[part], rollout.returns[part], batch.mask, cfg.clip)
+        values = state_values(critic, batch)  # [b, T]
+        old, returns = rollout.values[part], rollout.returns[part]  # [b, T]
+        loss = value_loss(values, old, returns, batch.mask, cfg.clip)
         return loss * batch.mask.sum() / token_count
 
-    return [partial(one_loss, part) for part in sft.micro_slices(len(rollout.texts), cfg.micro_batch_size)]
+    parts = sft.micro_slices(len(rollout.texts), cfg.micro_batch_size)
+    return [partial(one_loss, part) for part in parts]
 
 
 def main(argv=None):
-    """Make the SFT model and the RM if they are missing, train every arm from them, draw the curves."""
-    cfg = parse(argv)
-    device = sft.setup(cfg.device, cfg.timeout)
-    folders = [sft.claim(Path(cfg.out) / arm) for arm in cfg.terminations]
-    build_missing_stages(cfg)
-    for arm, folder in zip(cfg.terminations, folders, strict=True):
-        if not sft.finished(cfg, folder):
-            train(arm, folder, cfg, device)
-    draw_curves(folders, cfg)
+    """Make the SFT model and the RM if they are missing, train every arm from them, draw."""
+    try:
+        cfg = parse(argv)
+        device = sft.setup(cfg.device, cfg.timeout)  # join the other ranks, if there are any
+        folders = [sft.claim(Path(cfg.out) / arm) for arm in cfg.arms]  # held against other runs
+        build_missing_stages(cfg)  # chapters 1 and 2, where their folders are not there yet
+        for arm, folder in zip(cfg.arms, folders, strict=True):
+            if not sft.finished(cfg, folder):  # --resume auto
+                train(arm, folder, cfg, device)
+        draw_curves(folders, cfg)  # chapter 5
+    except sft.StorageError as error:
+        sft.fail_together(error)
 
 
-def train(arm, out, cfg, device):
-    """PPO with one kind of macro action: sample, judge, segment and credit, improve; `steps` times."""
-    models, optimizers, tokenizer = load_models(cfg, device)
-    prompts = load_prompts(tokenizer, cfg)
-    cfg.steps = sft.count_steps(cfg, len(prompts))
-    print0(f"PPO, arm {arm}: {len(prompts):,} prompts, {cfg.steps} steps of {cfg.batch_size} -> {out}")
-    run = sft.Run(cfg, out, arm, models, optimizers)
-    settings = asdict(cfg) | {"arm": arm, "ranks": sft.world()}
-    sft.on_rank0(sft.write_json, out / "config.json", settings)
-    for step in run:
-        clock = [sft.tick(device)]
-        examples = sft.shard(sft.batch_rows(prompts, step, cfg.batch_size, cfg.seed))
-        rollout = sample(models["policy"], examples, step, tokenizer, cfg)
-        judge(rollout, models, examples, tokenizer, cfg)
-        clock.append(sft.tick(device))
-        credit(arm, rollout, tokenizer, cfg)
-        clock.append(sft.tick(device))
-        losses = improve(rollout, models, optimizers, step, cfg)
-        clock.append(sft.tick(device))
-        row = {"step": step} | summary(rollout, tokenizer) | losses | sft.timings(clock, PHASES)
-        run.log(row, "rm_score", rollout.tokens)
-        if step % 10 == 0 or step == cfg.steps - 1:
-            run.append("samples.jsonl", sample_rows(step, rollout, examples, tokenizer))
-    sft.save_run([models["policy"], tokenizer], out / "model")
-    sft.save_run([], out, cfg, {"arm": arm})
+# Appendix A. Models, prompts and stages.
+#
+# PPO needs four models and prompts that nobody has learned from. Where the SFT model or the RM is
+# missing, the earlier chapters are run for it, so that one command goes from nothing to a picture.
 
 
-def summary(rollout, tokenizer):
-    """This step's metrics of the rollout: means over the responses, or the response tokens, of all ranks."""
-    mask = rollout.batch.mask
-    kl = (rollout.logprobs - rollout.ref_logprobs).sum(1)  # [B] nats a response
-    macros = rollout.seg.max(1).values + 1  # [B]
-    stopped, entropy = ended(rollout.batch, tokenizer), rollout.entropy.sum(1)  # [B]
-    columns = [rollout.scores, kl, mask.sum(1), stopped, macros, entropy]
-    if rollout.gold:
-        columns.append(torch.tensor(rollout.gold, device=mask.device))
-    if rollout.passed is not None:
-        columns.append(rollout.passed)
-    table = torch.stack([c.double().cpu() for c in columns], 1)  # [B, columns]
-    table = torch.tensor(reward.gather(table.tolist()), dtype=torch.float64)  # [all ranks' B, columns]
-    mean, std = table.mean(0).tolist(), table.std(0, correction=0).tolist()
-    return {
-        "rm_score": mean[0],
-        "rm_score_std": std[0],
-        "gold_score": mean[6] if rollout.gold else None,
-        "gold_score_std": std[6] if rollout.gold else None,
-        "pass_rate": mean[-1] if rollout.passed is not None else None,
-        "kl": mean[1],
-        "response_length": mean[2],
-        "eos_rate": mean[3],
-        "macro_actions": mean[4],
-        "macro_length": mean[2] / mean[4],
-        "parse_fallback": float(sft.all_sum(rollout.parse_fallback)) / sft.world(),
-        "entropy": mean[5] / mean[2],
-    }
+def load_models(cfg, device):
+    """Policy and reference start from the SFT model, critic and RM from the RM.
+
+    The critic starts from the RM because what is expected of a response is close to what it will
+    be scored. Programs have no RM: there the critic is the SFT model's trunk under a fresh head.
+    Returns ({name: model}, {name: optimizer} of the two that learn, tokenizer).
+    """
+    place = sft.load_device(cfg, device)
+    length = cfg.max_prompt + cfg.max_response
+    policy, tokenizer = sft.load_causal_lm(cfg.sft, length, place)
+    models = {"policy": policy, "reference": copy.deepcopy(policy).requires_grad_(False)}
+    make_ready(models, cfg, device)  # with --shard the CPU holds two models at a time, not four
+    if cfg.task in sft.PROGRAMS:
+        others = {"critic": reward.start_model(cfg, device)[0]}
+    else:
+        if reward.load_tokenizer(cfg.reward_model).get_vocab() != tokenizer.get_vocab():
+            folders = f"--reward_model {cfg.reward_model} and --sft {cfg.sft}"
+            sft.fail(f"{folders} have different vocabularies")
+        critic = reward.ScalarModel.load(cfg.reward_model, place)
+        others = {"critic": critic, "reward": copy.deepcopy(critic).requires_grad_(False)}
+    make_ready(others, cfg, device)
+    models |= others
+    optimizers = {name: sft.make_optimizer(models[name]) for name in ("policy", "critic")}
+    return models, optimizers, tokenizer
 
 
-def sample_rows(step, rollout, examples, tokenizer):
-    """Yield rank 0's first four responses of this step for samples.jsonl, token by token."""
-    for i, tokens in enumerate(rollout.tokens[:4] if sft.rank() == 0 else []):
-        row = {"step": step, "prompt": examples[i]["text"], "response": rollout.texts[i]}
-        row |= {"rm_score": float(rollout.scores[i]), "gold_score": rollout.gold and rollout.gold[i]}
-        text, offsets = segment.token_offsets(tokenizer, tokens)
-        row |= {"tokens": tokens, "pieces": [text[start:end] for start, end in offsets]}
-        for name in ("seg", "values", "advantages", "returns"):
-            row[name] = getattr(rollout, name)[i, : len(tokens)].tolist()  # [length]
-        yield row
+def make_ready(models, cfg, device):
+    """Make models equal on all ranks, and set them up for `device`."""
+    for model in models.values():
+        sft.broadcast_parameters(model)
+        sft.prepare(model, cfg, device)
 
 
-# Appendix: settings, stages, models
+def load_prompts(tokenizer, cfg):
+    """The PPO share's prompts, once each: {number, text, prompt (token list), ...}.
 
-PHASES = ("rollout", "credit", "update")
-# Switches that are passed on to stages.
-SWITCHES = ("chat_template", "skip_bad_rows", "gradient_checkpointing", "compile", "shard")
-
-RULES = (  # (settings, test, what to say)
-    ("n ppo_epochs", lambda x: x >= 1, "at least 1"),
-    ("clip temperature critic_lr top_p", lambda x: 0 < x < math.inf, "positive"),
-    ("gamma lam beta top_k warmup", lambda x: 0 <= x < math.inf, "0 or more"),
-    ("gamma lam top_p", lambda x: x <= 1, "at most 1"),
-    ("no_eos_score", math.isfinite, "a finite number"),
-    ("sigma", ("equal", "last", "decay", "first").__contains__, "equal, last, decay or first"),
-    ("macro_reward", ("sum", "mean").__contains__, "sum or mean"),
-    ("parser", segment.PARSERS.__contains__, "spacy or benepar"),
-    ("ratio", ("token", "macro").__contains__, "token or macro"),
-    ("terminations", lambda arms: set(arms) <= set(TERMINATIONS), f"among {', '.join(TERMINATIONS)}"),
-    ("terminations", lambda arms: 0 < len(set(arms)) == len(arms), "different from each other"),
-    ("sft", lambda path: not path or (Path(path) / "config.json").is_file(), "a model's folder"),
-    ("reward_model", lambda path: not path or (Path(path) / reward.HEAD).is_file(), "a folder of reward.py"),
-)
+    A toy prompt has its post's {facts} as well, a program's its unit tests {problem}.
+    """
+    fields = ("problem",) if cfg.task in sft.PROGRAMS else ()
+    rows = {}
+    for row in sft.load_share(cfg, "ppo", *fields):
+        rows.setdefault(row["prompt"], row)
+    rows = list(rows.values())
+    sft.report_cuts(rows, tokenizer, cfg, ["prompt"])
+    prompts = []
+    for number, (row, ids) in enumerate(
+        zip(rows, sft.encode(rows, tokenizer, cfg, ["prompt"]), strict=True)
+    ):
+        known = {name: row[name] for name in ("facts", "problem") if name in row}
+        prompts.append({"number": number, "text": row["prompt"], "prompt": ids["prompt"]} | known)
+    return prompts
 
 
-def parse(argv):
-    """Read and check the settings."""
-    cfg = sft.parse(Config, "ma_ppo", argv)
-    if "control" in cfg.terminations and cfg.gamma != 1:
-        sft.fail(f"the control matches the horizon of `fixed` at --gamma 1 only, got {cfg.gamma}")
-    if cfg.reward_model and cfg.task in sft.PROGRAMS:
-        sft.fail(f"--reward_model: unit tests give the reward of --task {cfg.task}, not a reward model")
-    for names, holds, rule in RULES:
-        for name in names.split():
-            if not holds(getattr(cfg, name)):
-                sft.fail(f"--{name} must be {rule}, got {getattr(cfg, name)!r}")
-    if "parsing" in cfg.terminations:
-        try:
-            segment.PARSERS[cfg.parser]()
-        except ImportError as error:
-            sft.fail(error)
-    return cfg
+# Settings that a stage takes over, and, of these, those that shape the tokens that it learns.
+SHARED = "seed data split skip_bad_rows chat_template max_prompt max_response".split()
+SHARED += "device precision gradient_checkpointing compile shard".split()
+SHARED += "resume keep override max_skipped timeout".split()
+SHAPING = "task data split model chat_template max_prompt max_response".split()
 
 
 def build_missing_stages(cfg):
     """Run the earlier chapters, with their own defaults, for models that do not exist yet."""
-    flags = ["--task", cfg.task, "--seed", str(cfg.seed)]
-    flags += ["--data", *cfg.data] if cfg.data else []
-    flags += ["--model", cfg.model] if cfg.model else []
-    flags += ["--device", cfg.device] if cfg.device else []
-    flags += ["--preset", cfg.preset] if cfg.preset else []
-    flags += ["--split", *map(str, cfg.split)]
-    flags += [f"--{name}" for name in SWITCHES if getattr(cfg, name)]
-    for name in ("resume", "save_every", "keep", "override", "max_skipped", "timeout", "precision"):
-        if getattr(cfg, name) != getattr(Config, name):
-            flags += [f"--{name}", str(getattr(cfg, name))]
     if not cfg.sft:
         cfg.sft = str(Path(cfg.out) / "sft")
-        run_stage(sft, cfg.sft, flags, cfg)
+        run_stage(sft, cfg.sft, cfg)
     if not cfg.reward_model and cfg.task not in sft.PROGRAMS:
         cfg.reward_model = str(Path(cfg.out) / "reward")
-        run_stage(reward, cfg.reward_model, [*flags, "--sft", cfg.sft], cfg)
+        run_stage(reward, cfg.reward_model, cfg, sft=cfg.sft)
 
 
-def run_stage(chapter, out, flags, cfg):
-    """Run a chapter, saying so, unless `out` holds its finished run for the same task, data and model."""
-    finished = Path(out) / "run.json"
-    if not finished.exists():
-        flags = [*flags, "--out", out]
-        print0(f"{out} is missing; making it: python {chapter.__name__}.py {shlex.join(flags)}")
-        return chapter.main(flags)
-    made = json.loads(finished.read_text())["config"]
-    made = {"split": [20, 40, 40], "chat_template": False} | made
-    same = made["task"] == cfg.task and (chapter is reward or cfg.model in ("", made["model"]))
-    same &= made["split"] == cfg.split and made["chat_template"] == cfg.chat_template
-    if not same or [*map(os.path.realpath, made["data"])] != [*map(os.path.realpath, cfg.data)]:
-        names = ("task", "data", "model", "split", "chat_template")
-        flags = " ".join(f"--{name} {made[name]!r}" for name in names)
-        sft.fail(f"{out} was made with {flags}: choose another --out, or remove it")
-    base = Path(cfg.sft) / "run.json"
-    if chapter is reward and base.exists() and base.stat().st_mtime > finished.stat().st_mtime:
-        print0(f"warning: {out} is older than {cfg.sft}; to make it anew from that, remove it")
-    size = f"{made['steps']} steps of {made['batch_size']}"  # a short trial should not pass unnoticed
-    print0(f"using {out}: seed {made['seed']}, {size}, lr {made['lr']}")
-
-
-def load_models(cfg, device):
-    """Policy and reference start from the SFT model, critic and RM from the RM (SPEC 1.3).
-
-    Programs have no RM: there the critic is the SFT model's trunk under a fresh head.
-    Returns ({name: model}, {name: optimizer} of the two that learn, tokenizer).
-    """
-    place = sft.home(cfg, device)
-
-    def ready(**loaded):  # two at a time: with --shard the CPU holds no more than that
-        for model in loaded.values():
-            sft.broadcast_parameters(model)
-            sft.prepare(model, cfg, device)
-        return loaded
-
-    policy, tokenizer = sft.load_causal_lm(cfg.sft, cfg.max_prompt + cfg.max_response, place)
-    models = ready(policy=policy, reference=copy.deepcopy(policy).requires_grad_(False))
-    if cfg.task in sft.PROGRAMS:
-        models |= ready(critic=reward.start_model(cfg, device)[0])
+def run_stage(chapter, out, cfg, **paths):
+    """Run a chapter for the folder `out`, unless its finished run is there already."""
+    name = chapter.__name__
+    flags = ["--task", cfg.task, "--out", out]
+    flags += ["--preset", cfg.preset] if cfg.preset else []
+    flags += ["--model", cfg.model] if cfg.model else []
+    flags += [word for flag, path in paths.items() for word in (f"--{flag}", path)]
+    shared = {setting: getattr(cfg, setting) for setting in SHARED}
+    stage = replace(sft.parse(chapter.Config, name, flags), **shared)
+    if (Path(out) / "run.json").exists():
+        check_stage(chapter, out, stage, cfg)
     else:
-        if reward.load_tokenizer(cfg.reward_model).get_vocab() != tokenizer.get_vocab():
-            sft.fail(f"--reward_model {cfg.reward_model} reads another vocabulary than --sft {cfg.sft}")
-        critic = reward.ScalarModel.load(cfg.reward_model, place)
-        models |= ready(critic=critic, reward=copy.deepcopy(critic).requires_grad_(False))
-    learning = ("policy", "critic")
-    optimizers = {name: torch.optim.AdamW(models[name].parameters(), **sft.ADAM) for name in learning}
-    return models, optimizers, tokenizer
+        print0(f"{out} is missing; making it, as would: python {name}.py {shlex.join(flags)}")
+        chapter.train(stage)
 
 
-def load_prompts(tokenizer, cfg):
-    """The PPO share's prompts, once each: {number, text, prompt (token list)}, and a program's {problem}."""
-    fields, rows = ("problem",) if cfg.task in sft.PROGRAMS else (), {}
-    for row in sft.load_share(cfg, "ppo", *fields):
-        rows.setdefault(row["prompt"], {"text": row["prompt"]} | {name: row[name] for name in fields})
-    texts = [{"prompt": text} for text in rows]
-    sft.report_cuts(texts, tokenizer, cfg, ["prompt"])
-    encoded = zip(rows.values(), sft.encode(texts, tokenizer, cfg, ["prompt"]), strict=True)
-    return [{"number": i} | row | ids for i, (row, ids) in enumerate(encoded)]
+def check_stage(chapter, out, stage, cfg):
+    """Refuse a finished stage that was made for other rows, or other tokens; say what it is."""
+    made = sft.on_rank0(sft.read_json, Path(out) / "run.json")["config"]
+    differences = []
+    for name in SHAPING:
+        if name == "model" and (chapter is reward or not cfg.model):
+            continue  # the RM only records it; and without --model any SFT model will do
+        old, new = made.get(name), getattr(stage, name)
+        if name == "data":
+            old, new = [[os.path.realpath(path) for path in files] for files in (old, new)]
+        if name in made and old != new:
+            differences.append(f"--{name} {made[name]!r}, not {getattr(stage, name)!r}")
+    if differences:
+        reasons = "; ".join(differences)
+        sft.fail_together(f"{out} was made with {reasons}: choose another --out, or remove it")
+    base = Path(cfg.sft) / "run.json"
+    newer = base.exists() and base.stat().st_mtime > (Path(out) / "run.json").stat().st_mtime
+    if chapter is reward and newer:
+        print0(f"warning: {out} is older than {cfg.sft}; to make it anew from that, remove it")
+    # A short trial should not pass unnoticed.
+    size = f"{made['steps']} steps of {made['batch_size']}"
+    print0(f"using {out}: seed {made['seed']}, {size}, lr {made['lr']}")
 
 
 def draw_curves(folders, cfg):
@@ -645,9 +731,177 @@ def draw_curves(folders, cfg):
     if sft.rank() == 0:
         flags = ["curves", "--run", *map(str, folders), "--png", str(Path(cfg.out) / "curves.png")]
         print0(f"drawing: python eval.py {shlex.join(flags)}")
-        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-        subprocess.run([sys.executable, Path(__file__).with_name("eval.py"), *flags], check=True, env=alone)
+        script = Path(__file__).with_name("eval.py")
+        hidden = ("RANK", "WORLD_SIZE")  # it must not wait for other ranks
+        alone = {name: value for name, value in os.environ.items() if name not in hidden}
+        subprocess.run([sys.executable, script, *flags], check=True, env=alone)
+
+
+# Appendix B. What is logged.
+#
+# metrics.jsonl has a line per step, measured on the rollout before the step's update; samples.jsonl
+# has four responses of every tenth step, token by token with their credit. results/README.md
+# defines every measure.
+
+PHASES = ("rollout", "credit", "update")
+
+
+def log(run, step, rollout, examples, losses, clock, tokenizer):
+    """Write this step's metrics, and now and then some responses."""
+    row = {"step": step} | summary(rollout, tokenizer) | losses | sft.timings(clock, PHASES)
+    run.log(row, "rm_score", rollout.tokens)
+    if step % 10 == 0 or step == run.cfg.steps - 1:
+        run.append("samples.jsonl", sample_rows(step, rollout, examples, tokenizer))
+
+
+def summary(rollout, tokenizer):
+    """This step's metrics of the rollout: means over responses, or tokens, of all ranks."""
+    columns = {  # a number per response
+        "score": rollout.scores,
+        "kl": (rollout.logprobs - rollout.ref_logprobs).sum(1),  # [B] nats
+        "length": rollout.batch.mask.sum(1),  # [B] tokens
+        "ended": ended(rollout.batch, tokenizer),  # [B]
+        "macro_actions": rollout.seg.max(1).values + 1,  # [B]
+        "entropy": rollout.entropy.sum(1),  # [B] nats
+    }
+    if rollout.gold:
+        columns["gold"] = torch.tensor(rollout.gold)
+    if rollout.passed is not None:
+        columns["passed"] = rollout.passed
+    mean, std = {}, {}
+    for name, column in columns.items():
+        column = torch.tensor(sft.gather(column.tolist()), dtype=torch.float64)  # [all ranks' B]
+        mean[name] = float(column.mean())
+        std[name] = float(column.std(correction=0))
+    return {
+        "rm_score": mean["score"],
+        "rm_score_std": std["score"],
+        "gold_score": mean.get("gold"),
+        "gold_score_std": std.get("gold"),
+        "pass_rate": mean.get("passed"),
+        "kl": mean["kl"],
+        "response_length": mean["length"],
+        "eos_rate": mean["ended"],
+        "macro_actions": mean["macro_actions"],
+        "macro_length": mean["length"] / mean["macro_actions"],
+        "parse_fallback": float(sft.all_sum(rollout.parse_fallback)) / sft.world(),
+        "entropy": mean["entropy"] / mean["length"],
+    }
+
+
+def describe_ratios(ratio, clip):
+    """What is remembered of a micro-batch's ratios.  ratio: [number of ratios]"""
+    return {
+        "outside": float(((ratio - 1).abs() > clip).sum()),
+        "count": ratio.numel(),
+        "lowest": float(ratio.min()),
+        "highest": float(ratio.max()),
+    }
+
+
+def ratio_metrics(ratio_stats):
+    """The share of ratios outside the clip; of the first epoch's, the one farthest from 1."""
+    outside = float(sft.all_sum(sum(stats["outside"] for stats in ratio_stats)))
+    count = float(sft.all_sum(sum(stats["count"] for stats in ratio_stats)))
+    extremes = []
+    for stats in ratio_stats:
+        if stats["epoch"] == 0:
+            extremes += [stats["lowest"], stats["highest"]]
+    farthest = max(sft.gather(extremes), key=lambda ratio: abs(ratio - 1))
+    return {"clip_fraction": outside / count, "ratio_first": farthest}
+
+
+def sample_rows(step, rollout, examples, tokenizer):
+    """Rank 0's first four responses of this step for samples.jsonl, token by token."""
+    rows = []
+    for i, tokens in enumerate(rollout.tokens[:4] if sft.rank() == 0 else []):
+        text, offsets = segment.token_offsets(tokenizer, tokens)
+        row = {
+            "step": step,
+            "prompt": examples[i]["text"],
+            "response": rollout.texts[i],
+            "rm_score": float(rollout.scores[i]),
+            "gold_score": rollout.gold[i] if rollout.gold else None,
+            "tokens": tokens,
+            "pieces": [text[start:end] for start, end in offsets],
+        }
+        for name in ("seg", "values", "advantages", "returns"):
+            row[name] = getattr(rollout, name)[i, : len(tokens)].tolist()  # [length]
+        rows.append(row)
+    return rows
+
+
+# Appendix C. Settings that cannot work.
+#
+# They are refused before anything is computed, by name, with what would work.
+
+
+def parse(argv):
+    """Read and check the settings."""
+    cfg = sft.parse(Config, "ma_ppo", argv)
+    check_numbers(cfg)
+    check_choices(cfg)
+    check_arms(cfg)
+    check_folders(cfg)
+    return cfg
+
+
+def check_numbers(cfg):
+    """Refuse numbers out of range."""
+    for name in ("n", "ppo_epochs"):
+        if getattr(cfg, name) < 1:
+            sft.fail(f"--{name} must be at least 1, got {getattr(cfg, name)}")
+    for name in ("clip", "temperature", "critic_lr", "top_p"):
+        if not 0 < getattr(cfg, name) < math.inf:
+            sft.fail(f"--{name} must be positive, got {getattr(cfg, name)}")
+    for name in ("gamma", "lam", "beta", "top_k"):
+        if not 0 <= getattr(cfg, name) < math.inf:
+            sft.fail(f"--{name} must be 0 or more, got {getattr(cfg, name)}")
+    for name in ("gamma", "lam", "top_p"):
+        if getattr(cfg, name) > 1:
+            sft.fail(f"--{name} must be at most 1, got {getattr(cfg, name)}")
+    if not math.isfinite(cfg.no_eos_score):
+        sft.fail(f"--no_eos_score must be a finite number, got {cfg.no_eos_score}")
+
+
+def check_choices(cfg):
+    """Refuse words that name nothing."""
+    choices = {
+        "sigma": ("equal", "last", "decay", "first"),
+        "macro_reward": ("sum", "mean"),
+        "ratio": ("token", "macro"),
+    }
+    for name, words in choices.items():
+        if getattr(cfg, name) not in words:
+            sft.fail(f"--{name} must be one of {', '.join(words)}, got {getattr(cfg, name)!r}")
+
+
+def check_arms(cfg):
+    """Refuse arms that are unknown, named twice, or cannot run here."""
+    known = [*segment.TERMINATIONS, "control"]
+    for arm in cfg.arms:
+        if arm not in known:
+            sft.fail(f"--arms must be among {', '.join(known)}, got {arm!r}")
+    if not cfg.arms or len(set(cfg.arms)) < len(cfg.arms):
+        sft.fail(f"--arms must be different from each other, got {cfg.arms}")
+    if "control" in cfg.arms and cfg.gamma != 1:
+        sft.fail(f"control has the horizon of fixed at --gamma 1 only, got {cfg.gamma}")
+    if "parsing" in cfg.arms:
+        try:
+            segment.spacy_parser()
+        except ImportError as error:
+            sft.fail(error)
+
+
+def check_folders(cfg):
+    """Refuse models that are not there."""
+    if cfg.reward_model and cfg.task in sft.PROGRAMS:
+        sft.fail(f"--reward_model: unit tests give the reward of --task {cfg.task}")
+    if cfg.sft and not (Path(cfg.sft) / "config.json").is_file():
+        sft.fail(f"--sft must be a model's folder, got {cfg.sft!r}")
+    if cfg.reward_model and not (Path(cfg.reward_model) / reward.HEAD).is_file():
+        sft.fail(f"--reward_model must be a folder of reward.py, got {cfg.reward_model!r}")
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()  # torchrun shows the error of the rank that failed first

@@ -1,129 +1,164 @@
 """Chapter 1: supervised fine-tuning (SFT), and everything the later chapters stand on.
 
-A language model is taught what answers look like, by imitating demonstrations a_1 ... a_T for prompts x:
+A language model is taught what answers look like, by imitating demonstrations a_1 ... a_T for
+prompts x. Its loss is the cross-entropy of the response tokens:
 
     loss = - sum_t log pi(a_t | x, a_<t) / (number of response tokens in the batch)
 
-over response tokens only: the prompt and the padding are read, never learned (SPEC 6, fault 10).
+The prompt and the padding are read, never learned: the model is not asked to write posts.
 
-    python sft.py                                   # the embedded toy task, about a minute on two cores
-    python sft.py --task toy-code                   # short programs, six in ten of them wrong
-    python sft.py --task hh --data pairs.jsonl.gz   # human preference pairs: imitate the chosen answers
-    python sft.py --preset gemma-2b-tldr            # the paper's model, data and settings, on a GPU
-    torchrun --nproc_per_node=2 sft.py              # the same run on two processes
-    python sft.py --resume auto                     # go on where an interrupted run was
+    python sft.py                                  # the embedded toy task: a minute on two cores
+    python sft.py --task toy-code                  # short programs, six in ten of them wrong
+    python sft.py --task plain --data rows.jsonl --model NAME    # your rows, a pretrained model
+    torchrun --nproc_per_node=2 sft.py             # the same run on two processes
+    python sft.py --resume auto                    # go on where an interrupted run was
 
-Later chapters import from here: the batch, data parallelism by hand, the update step, the run folder.
+Look at the loss in the bar: on the toy it falls from about 6 to 0.4 nats a token.
+
+Contents
+    the story     Config, the batch, the loss, data parallelism by hand, the update, main
+    Appendix A    runs that are not lost: checkpoints, logs, signals
+    Appendix B    settings: flags, defaults of tasks, the paper's settings, errors
+    Appendix C    models: loading, bf16, recomputed activations, models split among GPUs
+    Appendix D    how text becomes tokens: the conventions of the model at hand
+    Appendix E    rows: from files as people have them to {prompt, response, ...}
+    Appendix F    the toy: posts about a trip, and their summaries
+    Appendix G    toy-code: small programs with unit tests
+You may stop reading at Appendix A; the later chapters need the story only.
 """
 
+import argparse
 import atexit
 import contextlib
-import fcntl
+import gzip
 import hashlib
 import json
 import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
-import traceback
-from contextlib import contextmanager
+import warnings
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.distributed.checkpoint import state_dict as full
+from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast as FastTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as hf_logging
 
 hf_logging.set_verbosity_error()
 hf_logging.disable_progress_bar()
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is no mistake
 
 
-def opt(default, text):
-    """A `Config` field with its --help text."""
-    kind = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(**kind, metadata={"help": text.replace("%", "%%")})  # argparse formats help texts
+def opt(default, text, *aliases):
+    """A `Config` field with its --help text; aliases: other spellings of its flag."""
+    metadata = {"help": text.replace("%", "%%")}  # argparse formats help texts
+    if aliases:
+        metadata["aliases"] = list(aliases)
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class Config:
-    """Settings of the SFT chapter; the first block is spelled the same way in every chapter."""
+    """Settings of the SFT chapter, and those that all training chapters share.
 
-    task: str = opt("toy", "toy, toy-code (embedded); tldr, hh, webgpt, apps (hub or --data); plain (--data)")
-    preset: str = opt("", "a name in the table PAPER, like gemma-2b-tldr: the paper's settings")
-    data: list[str] = opt([], "files of rows in place of the hub's: jsonl, json, parquet, .gz (see README)")
-    split: list[float] = opt([20, 40, 40], "% of the prompts for SFT, RM and PPO, after a tenth is held out")
-    skip_bad_rows: bool = opt(False, "leave malformed rows out, and count them, instead of stopping")
-    model: str = opt("", "Hugging Face causal LM to start from; empty: a small Llama from scratch")
-    chat_template: bool = opt(False, "wrap prompts in the chat template of the model's tokenizer")
-    out: str = opt("", "folder to write to; empty: runs/TASK/sft, runs/TASK/reward, or runs/TASK (PPO)")
+    The story needs the first dozen. A task changes some defaults; see TASK_FLAGS, or --help.
+    """
+
+    task: str = opt("toy", "toy, toy-code (embedded); tldr, hh, webgpt, apps, plain (files or hub)")
+    data: list[str] = opt([], "files of rows: JSON, JSON Lines, Parquet, also .gz")
+    model: str = opt("", "causal LM to start from, a folder or hub name; empty: a small one anew")
+    out: str = opt("", "folder to write to; empty: runs/TASK/sft, runs/TASK/reward or runs/TASK")
     seed: int = opt(0, "of initialisation, data order and sampling; never of the split of the data")
     steps: int = opt(350, "number of updates")
-    epochs: float = opt(0.0, "passes over this chapter's rows, which then set --steps; 0: --steps counts")
     batch_size: int = opt(32, "sequences per update, over all ranks")
-    micro_batch_size: int = opt(32, "sequences per forward pass and rank; changes memory, not the result")
-    lr: float = opt(4e-3, "peak learning rate; cosine schedule")
+    micro_batch_size: int = opt(32, "sequences per forward pass and rank: memory, not the result")
+    lr: float = opt(4e-3, "peak learning rate; rises linearly, then falls as a cosine")
     warmup: float = opt(0.1, "share of the steps in which the learning rate rises (paper: 0.1)")
+    max_prompt: int = opt(512, "tokens; longer prompts lose their beginning")
+    max_response: int = opt(128, "tokens, the end mark included; longer responses lose their end")
+
+    # What the rows are, and how they are shown to the model: Appendices D and E.
+    epochs: float = opt(0.0, "passes over the rows, which then set --steps; 0: --steps counts")
+    split: list[float] = opt([20, 40, 40], "% of the prompts for SFT, RM, PPO; a tenth is held out")
+    skip_bad_rows: bool = opt(
+        False, "leave malformed rows out, and count them, instead of stopping"
+    )
+    chat_template: bool = opt(False, "wrap prompts in the chat template of the model's tokenizer")
+    # Where and how it is computed: Appendix C.
     device: str = opt("", "cpu, cuda, ...; empty: cuda where there is one")
-    max_prompt: int = opt(512, "tokens; longer prompts lose their beginning, never their instruction")
-    max_response: int = opt(128, "tokens, EOS included; longer responses lose their end")
-    resume: str = opt("", "auto: go on from the newest complete checkpoint in --out; empty: start anew")
+    precision: str = opt(
+        "auto", "of forward passes: fp32, bf16, or auto: bf16 on a GPU that has it"
+    )
+    gradient_checkpointing: bool = opt(False, "less memory: compute activations again, backwards")
+    compile: bool = opt(False, "torch.compile the forward passes: slow to start, then faster")
+    shard: bool = opt(False, "split the models among the ranks: for those too large for one GPU")
+    # Runs that are not lost, and ready-made settings: Appendices A and B.
+    preset: str = opt(
+        "", "the paper's settings for one of its models and tasks; see the end of --help"
+    )
+    resume: str = opt("", "auto: go on from the newest complete checkpoint; empty: start anew")
     save_every: int = opt(100, "steps between checkpoints; 0: only at the end and when interrupted")
     keep: int = opt(2, "newest checkpoints that are kept")
     override: bool = opt(False, "resume although settings have changed")
     max_skipped: int = opt(5, "steps in a row whose loss is not finite, after which the run ends")
-    precision: str = opt("auto", "of forward passes: fp32, bf16, or auto: bf16 on a GPU that has it")
-    gradient_checkpointing: bool = opt(False, "less memory: compute activations again in the backward pass")
-    compile: bool = opt(False, "torch.compile the forward passes: slow to start, then faster on a GPU")
-    shard: bool = opt(False, "split the models among the ranks (FSDP2): for models too large for one GPU")
-    timeout: float = opt(600.0, "seconds without an answer after which the other ranks count as lost")
+    timeout: float = opt(
+        600.0, "seconds without an answer after which the other ranks count as lost"
+    )
 
 
-ADAM = {"betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}  # eps: SPEC 8
-# What a task changes in these defaults; a flag overrides both. Real text: sized for minutes on two cores.
-SHORT = {"max_prompt": 192, "max_response": 96}
-SMALL = {
-    "sft": SHORT | {"steps": 250, "batch_size": 16, "lr": 1e-3},
-    "reward": SHORT | {"steps": 100, "batch_size": 16, "lr": 2e-4},
-    "ma_ppo": SHORT | {"steps": 40, "batch_size": 32, "lr": 2e-4, "critic_lr": 2e-4},
-}
-DEFAULTS = {"toy": {}} | {task: dict(SMALL) for task in ("tldr", "hh", "webgpt", "apps", "plain")}
-# Programs have no RM: unit tests give the reward. n is the paper's; the score is that of no program at all.
-PROGRAMS, NO_RM = ("toy-code", "apps"), {"split": [20, 0, 80]}
-TESTED = NO_RM | {"terminations": ["token", "fixed", "ast"], "n": 10, "no_eos_score": -1.0}
-DEFAULTS["apps"] = {chapter: SMALL[chapter] | (TESTED if chapter == "ma_ppo" else NO_RM) for chapter in SMALL}
-DEFAULTS["toy-code"] = {
-    "sft": NO_RM | {"max_response": 80, "steps": 500},
-    "ma_ppo": TESTED | {"max_response": 80, "lr": 1e-3},
-}
+# The batch. Prompts differ in length, and so do responses. Prompts are padded on the left and
+# responses on the right, so that all responses begin in the same column P:
+#
+#     column       0      1      2      3   |  P=4     5      6      7
+#     tokens     <pad>   the    post    :   |  nice   trip  <eos>  <pad>
+#     attention    0      1      1      1   |   1      1      1      0
+#     mask                                  |   1      1      1      0        T = 4 columns
+#
+# `mask` says which of the T response columns hold a real token, the end mark <eos> among them.
 
 
 @dataclass
 class Batch:
-    """B sequences: prompts end, and responses begin, at the same column P whatever their lengths."""
+    """B sequences whose prompts end, and responses begin, at the same column P."""
 
     tokens: torch.Tensor  # LongTensor [B, P+T]: left-padded prompts, right-padded responses
     attention: torch.Tensor  # LongTensor [B, P+T]: 1 on real tokens
-    mask: torch.Tensor  # LongTensor [B, T]: 1 on real response tokens, the EOS included
+    mask: torch.Tensor  # LongTensor [B, T]: 1 on real response tokens, the end mark included
 
     @property
     def responses(self):
@@ -136,47 +171,69 @@ class Batch:
 
 
 def make_batch(prompts, responses, pad, device):
-    """Lay token lists out as a `Batch`.  prompts, responses: B token lists each; pad: id for the gaps.
+    """Lay token lists out as a `Batch`.  prompts, responses: B token lists each; pad: id for gaps.
 
-    Masks come from lengths, never from looking for `pad`: a PAD that equals EOS would hide every EOS from the
-    loss, and stopping would never be learned (SPEC 8).
+    The masks come from the lengths, not from looking for `pad`. Still PAD must be another token
+    than EOS (the end mark): other people's code, and our own saved models, find padding by its
+    id. Where the two are the same, the mark is hidden with the padding, and a model that never
+    sees an end never learns to stop.
     """
-    P, T = max(map(len, prompts)), max(1, *map(len, responses))
+    P = max(len(prompt) for prompt in prompts)
+    T = max(1, *(len(response) for response in responses))
     tokens, attention = [], []
     for prompt, response in zip(prompts, responses, strict=True):
-        left, right = P - len(prompt), T - len(response)
+        left = P - len(prompt)
+        right = T - len(response)
         tokens.append([pad] * left + prompt + response + [pad] * right)
         attention.append([0] * left + [1] * (len(prompt) + len(response)) + [0] * right)
+    tokens = torch.tensor(tokens, device=device)  # [B, P+T]
     attention = torch.tensor(attention, device=device)  # [B, P+T]
-    return Batch(torch.tensor(tokens, device=device), attention, attention[:, P:])
+    return Batch(tokens, attention, attention[:, P:])
 
 
 def positions(attention):
-    """Position ids that skip the padding, for models with absolute positions (SPEC 8).  [B, S] -> [B, S]"""
+    """Position ids that do not count the padding.  [B, S] -> [B, S]
+
+    A model with absolute positions would otherwise read a prompt behind 100 PADs as if it began
+    at word 100.
+    """
     return (attention.cumsum(1) - 1).clamp(min=0)  # [B, S]
 
 
 def response_logits(model, batch):
-    """Logits in front of every response token: those at position p predict token p+1.  -> [B, T, V]"""
+    """The model's scores (logits) of every possible token at each response place.  -> [B, T, V]
+
+    The logits at position p predict token p+1. So those of the first response token stand in the
+    last prompt column, and we need T+1 columns less the last. The prompt's are never computed.
+    """
     T = batch.mask.shape[1]
-    inputs = {"input_ids": batch.tokens, "attention_mask": batch.attention}
-    inputs["position_ids"] = positions(batch.attention)
-    output = model(**inputs, use_cache=False, logits_to_keep=T + 1)  # the prompt's logits are not computed
+    with autocast(model):
+        output = model(
+            input_ids=batch.tokens,
+            attention_mask=batch.attention,
+            position_ids=positions(batch.attention),
+            use_cache=False,
+            logits_to_keep=T + 1,
+        )
     return output.logits[:, -T - 1 : -1].float()  # [B, T, V]
 
 
 def sft_loss(model, batch, token_count):
-    """Cross-entropy summed over response tokens, divided by `token_count`, that of all ranks.  -> scalar"""
+    """Cross-entropy of the response tokens: their sum, divided by `token_count`.  -> scalar
+
+    token_count: response tokens of the whole batch, over all micro-batches and ranks. So a long
+    response counts as much as its tokens, wherever it is computed.
+    """
     logprobs = response_logits(model, batch).log_softmax(-1)  # [B, T, V]
     logprobs = logprobs.gather(-1, batch.responses[..., None]).squeeze(-1)  # [B, T]
     return -(logprobs * batch.mask).sum() / token_count
 
 
-# Data parallelism by hand. Every rank holds the whole model and takes its share of the batch. Three things
-# keep the ranks one model: equal parameters at the start (broadcast), equal gradients at every update
-# (all_reduce), and no decision taken from one rank's numbers alone. A loss is a sum over tokens divided by
-# the token count of *all* ranks; so gradients are summed, and the number of ranks cancels out of the
-# mathematics.
+# Data parallelism by hand. A rank is one process, usually with one GPU. Every rank holds the whole
+# model and takes its share of the batch. Three things keep the ranks one model: equal parameters
+# at the start (broadcast), equal gradients at every update (all_reduce), and no decision taken
+# from one rank's numbers alone. A loss is a sum over tokens divided by the token count of *all*
+# ranks; so gradients are summed, and the number of ranks cancels out of the mathematics.
 
 
 def rank():
@@ -195,20 +252,6 @@ def print0(*args):
         print(*args, flush=True)
 
 
-def setup(device="", timeout=600.0):
-    """Join the process group if torchrun started us; returns the torch.device of this rank.
-
-    timeout: seconds; also rank 0's work alone, such as writing a checkpoint, must not take longer.
-    """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        join("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout)
-    return torch.device(device)
-
-
 def all_sum(x):
     """The sum of a tensor, or a number, over all ranks (a float64 tensor for a number)."""
     x = x.clone() if torch.is_tensor(x) else torch.tensor(float(x), dtype=torch.float64)
@@ -217,7 +260,16 @@ def all_sum(x):
     return x
 
 
-def shard(items):
+def gather(items):
+    """Every rank's list, concatenated in rank order: after `my_share`, the global order."""
+    parts = [list(items)]
+    if world() > 1:
+        parts = [None] * world()
+        dist.all_gather_object(parts, list(items))
+    return [item for part in parts for item in part]
+
+
+def my_share(items):
     """This rank's contiguous share of a global batch whose size the number of ranks divides."""
     share = len(items) // world()
     return items[rank() * share : (rank() + 1) * share]
@@ -230,55 +282,22 @@ def broadcast_parameters(model):
             dist.broadcast(p.data, src=0)
 
 
-BUCKET = 25e6  # bytes: large enough to be sent at full speed, small enough that the first leaves early
+def sum_gradients(model):
+    """Add up every gradient over all ranks, so that all of them will make the same update.
 
-
-def gradient_buckets(model):
-    """Give a model's parameters gradients of 0 that lie one behind the other in vectors of about 25 MB.
-
-    In reverse order: a backward pass begins with the last parameters, so the first vector is complete first.
-    Returns [(vector, its parameters), ...].
+    All sums are started before the first is waited for: they travel while others are prepared.
+    A model that is split among the ranks (--shard) has summed its own in the backward pass.
     """
-    groups = [[]]
-    for p in reversed([p for p in model.parameters() if p.requires_grad]):
-        if groups[-1] and sum(other.nbytes for other in groups[-1]) + p.nbytes > BUCKET:
-            groups.append([])
-        groups[-1].append(p)
-    vectors = [group[0].new_zeros(sum(p.numel() for p in group)) for group in groups]  # [numbers in it]
-    for group, vector in zip(groups, vectors, strict=True):
-        for p, part in zip(group, vector.split([p.numel() for p in group]), strict=True):
-            p.grad = part.view_as(p)  # the backward pass adds in place, so nothing is ever copied
-    return list(zip(vectors, groups, strict=True))
-
-
-@contextmanager
-def summed_over_ranks(buckets):
-    """Sum gradients over all ranks while the backward pass in this block still computes others.
-
-    A bucket leaves as soon as it holds all its gradients and the buckets before it have left: ranks that sent
-    in different orders would add up different things. What is never used is sent behind the backward pass.
-    """
-    missing = [len(parameters) for _, parameters in buckets]
-    sent = []
-
-    def arrived(place, p):
-        missing[place] -= 1
-        while len(sent) < len(buckets) and missing[len(sent)] == 0:
-            sent.append(dist.all_reduce(buckets[len(sent)][0], async_op=True))
-
-    hooks = [
-        p.register_post_accumulate_grad_hook(partial(arrived, place))
-        for place, (_, parameters) in enumerate(buckets)
-        for p in parameters
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-    sent += [dist.all_reduce(vector, async_op=True) for vector, _ in buckets[len(sent) :]]
-    for bucket in sent:
-        bucket.wait()
+    if world() == 1 or is_sharded(model):
+        return
+    under_way = []
+    for p in model.parameters():
+        if p.requires_grad:
+            if p.grad is None:  # not used by this rank's rows, but maybe by another's
+                p.grad = torch.zeros_like(p)
+            under_way.append(dist.all_reduce(p.grad, async_op=True))
+    for work in under_way:
+        work.wait()
 
 
 def micro_slices(count, size):
@@ -287,464 +306,642 @@ def micro_slices(count, size):
 
 
 def update(model, optimizer, micro_losses, lr, max_norm=1.0):
-    """One optimizer step on the sum of `micro_losses`, functions of which each computes one loss.
+    """One optimizer step on the sum of `micro_losses`, functions that each compute one loss.
 
-    Gradients add up over micro-batches and ranks, and every loss is already divided by the batch-wide token
-    count: neither changes the update. Clips the gradient's norm at `max_norm`. Returns the loss, a float; NaN
-    if it or the gradient is not finite: then nothing is updated.
+    A batch that does not fit into memory is computed in micro-batches. Their gradients add up,
+    over ranks too, and every loss is already divided by the batch-wide token count; so neither
+    changes the update. The gradient's norm is clipped at `max_norm`: one odd batch must not throw
+    the model off. Returns the loss, a float; NaN if it or the gradient is not finite: then nothing
+    is updated.
     """
-    optimizer.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
-    buckets = gradient_buckets(model) if world() > 1 and not sharded(model) else []
-    for i, micro_loss in enumerate(micro_losses, 1):
+    for micro_loss in micro_losses:
         loss = micro_loss()
-        with summed_over_ranks(buckets if i == len(micro_losses) else []):
-            loss.backward()
+        loss.backward()  # adds to the gradients of the micro-batches before
         total += loss.detach().double().cpu()
-    norm = float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
+    sum_gradients(model)
+    norm = float(gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
     total = float(all_sum(total))
-    if not (math.isfinite(total) and math.isfinite(norm)):  # the same on all ranks, so all of them skip
-        return math.nan
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    return total
+    finite = math.isfinite(total) and math.isfinite(norm)  # the same on all ranks
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad()  # frees the gradients: the next rollout can use their memory
+    return total if finite else math.nan
+
+
+def make_optimizer(model):
+    """AdamW without weight decay. eps 1e-5, not 1e-8: PPO's gradients can be tiny, and Adam
+    divides by their size, so that noise would be blown up to full steps."""
+    fused = next(model.parameters()).is_cuda  # one pass over memory, no temporaries
+    parameters = model.parameters()
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=fused)
 
 
 def cosine_lr(step, steps, peak, warmup):
-    """Linear warm-up over the first `warmup` share of the steps, then half a cosine down to zero."""
+    """Linear warm-up over the first `warmup` share of the steps, then half a cosine to zero."""
     ramp = max(1, round(warmup * steps))
+    if step < ramp:
+        return peak * ((step + 1) / ramp)
     cosine = 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
-    return peak * ((step + 1) / ramp if step < ramp else cosine)
+    return peak * cosine
 
 
 def batch_rows(rows, step, batch_size, seed):
-    """The rows of update `step`, a seeded order per epoch; a pure function, so there is no state to lose."""
-    places = range(step * batch_size, (step + 1) * batch_size)
-    return [rows[_epoch_order(len(rows), place // len(rows), seed)[place % len(rows)]] for place in places]
+    """The rows of update `step`, in a new order every epoch.
+
+    A pure function of the step: there is no iterator whose state an interrupted run could lose.
+    """
+    chosen = []
+    for place in range(step * batch_size, (step + 1) * batch_size):
+        epoch, within = divmod(place, len(rows))
+        chosen.append(rows[epoch_order(len(rows), epoch, seed)[within]])
+    return chosen
 
 
 @cache
-def _epoch_order(count, epoch, seed):
+def epoch_order(count, epoch, seed):
+    """The order in which an epoch visits `count` rows."""
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def main(argv=None):
-    """Fine-tune a model on demonstrations and save it, with `run.json` and `metrics.jsonl`."""
-    cfg = parse(Config, "sft", argv)
-    device = setup(cfg.device, cfg.timeout)
-    train, test = load_share(cfg, "sft", "response"), load_share(cfg, "test", "response")[:256]
-    cfg.steps = count_steps(cfg, len(train))
-    out = claim(cfg.out)
-    if finished(cfg, out):
-        return
-    model, tokenizer = start_model(cfg, train)
-    model.to(home(cfg, device))
-    broadcast_parameters(model)
-    prepare(model, cfg, device)
-    optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
-    print0(f"SFT: {len(train):,} demonstrations, {model.num_parameters():,} parameters -> {out}")
-    report_cuts(train, tokenizer, cfg)
-    run = Run(cfg, out, "sft", {"model": model}, {"model": optimizer})
-    for step in run:
-        clock = [tick(device)]
-        examples = encode(shard(batch_rows(train, step, cfg.batch_size, cfg.seed)), tokenizer, cfg)
-        token_count = float(all_sum(sum(len(e["response"]) for e in examples)))
-        losses = micro_losses(model, examples, tokenizer, token_count, cfg.micro_batch_size, device)
-        loss = update(model, optimizer, losses, cosine_lr(step, cfg.steps, cfg.lr, cfg.warmup))
-        clock.append(tick(device))
-        run.log({"step": step, "loss": loss} | timings(clock), "loss", examples)
-
-    loss = held_out_loss(model, encode(test, tokenizer, cfg), tokenizer, cfg, device)
-    print0(f"SFT: cross-entropy {loss:.3f} nats a token on {len(test)} held-out demonstrations")
-    save_run([model, tokenizer], out, cfg, {"test_loss": loss})
-
-
 def micro_losses(model, examples, tokenizer, token_count, size, device):
-    """A function for each micro-batch that computes its loss, divided by the batch-wide `token_count`."""
+    """A function for each micro-batch that computes its share of the SFT loss."""
 
     def loss(part):
-        prompts, responses = [e["prompt"] for e in examples[part]], [e["response"] for e in examples[part]]
-        return sft_loss(model, make_batch(prompts, responses, tokenizer.pad_token_id, device), token_count)
+        prompts = [example["prompt"] for example in examples[part]]
+        responses = [example["response"] for example in examples[part]]
+        batch = make_batch(prompts, responses, tokenizer.pad_token_id, device)
+        return sft_loss(model, batch, token_count)
 
     return [partial(loss, part) for part in micro_slices(len(examples), size)]
 
 
 @torch.no_grad()
 def held_out_loss(model, examples, tokenizer, cfg, device):
-    """Cross-entropy in nats per response token on held-out examples; every rank computes all of it."""
-    token_count = sum(len(e["response"]) for e in examples)
-    losses = micro_losses(model, examples, tokenizer, token_count, cfg.micro_batch_size, device)
+    """Cross-entropy in nats per response token on held-out examples; all ranks compute all."""
+    token_count = sum(len(example["response"]) for example in examples)
+    size = cfg.micro_batch_size
+    losses = micro_losses(model, examples, tokenizer, token_count, size, device)
     return sum(float(loss()) for loss in losses)
 
 
-def save_run(parts, out, cfg=None, result=None):
-    """Save models and tokenizer in Hugging Face format; for a stage also its settings and results.
-
-    Those are `run.json`, written last: a stage's folder that has one is complete.
-    """
-
-    states = [full.get_model_state_dict(x, options=GATHER) if sharded(x) else None for x in parts]
-
-    def save():
-        try:
-            for part, state in zip(parts, states, strict=True):
-                part.save_pretrained(out, **({"state_dict": state} if state else {}))
-        except (OSError, SafetensorError) as error:
-            raise OSError(f"cannot save the model in {out}: {error}") from None
-        sync(*(path for path in Path(out).iterdir() if parts and path.is_file()))
-        if cfg:
-            write_json(Path(out) / "run.json", {"config": asdict(cfg), "result": result})
-
-    on_rank0(save)  # no rank may read the folder before it is complete
+def main(argv=None):
+    """Fine-tune a model on demonstrations, with the settings of the command line."""
+    try:
+        train(parse(Config, "sft", argv))
+    except StorageError as error:
+        fail_together(error)
 
 
-# Appendix: runs that are not lost, settings and errors, models and tokenizers, tasks, the toy
+def train(cfg):
+    """The whole chapter: fine-tune, measure, save, with `run.json` and `metrics.jsonl`."""
+    device = setup(cfg.device, cfg.timeout)  # join the other ranks, if torchrun started us
+    rows = load_share(cfg, "sft", "response")  # this chapter's share of the demonstrations
+    test = load_share(cfg, "test", "response")[:256]  # held out: no chapter learns from them
+    cfg.steps = count_steps(cfg, len(rows))
+    out = claim(cfg.out)  # the run's folder, held against other runs
+    if finished(cfg, out):  # --resume auto found nothing left to do
+        return
+    model, tokenizer = start_model(cfg, rows)  # pretrained, or small and random
+    model.to(load_device(cfg, device))
+    broadcast_parameters(model)  # all ranks start equal
+    prepare(model, cfg, device)  # bf16 and other options
+    optimizer = make_optimizer(model)
+    print0(f"SFT: {len(rows):,} demonstrations, {model.num_parameters():,} parameters -> {out}")
+    report_cuts(rows, tokenizer, cfg)
+    run = Run(cfg, out, "sft", {"model": model}, {"model": optimizer})
+    run.begin()  # at step 0, or where an interrupted run was
+    for step in run.steps():
+        clock = [tick(device)]
+        mine = my_share(batch_rows(rows, step, cfg.batch_size, cfg.seed))  # texts
+        examples = encode(mine, tokenizer, cfg)  # token lists
+        token_count = float(all_sum(sum(len(example["response"]) for example in examples)))
+        losses = micro_losses(model, examples, tokenizer, token_count, cfg.micro_batch_size, device)
+        lr = cosine_lr(step, cfg.steps, cfg.lr, cfg.warmup)
+        loss = update(model, optimizer, losses, lr)
+        clock.append(tick(device))
+        run.log({"step": step, "loss": loss} | timings(clock), "loss", examples)
 
-# No run is ever lost. Noise is a pure function of (seed, step, prompt), data order and schedules are pure
-# functions of the step, and nothing draws from a global generator (their states are saved all the same). So
-# weights, optimizer state and the step make an interrupted run go on as if nothing had happened.
+    loss = held_out_loss(model, encode(test, tokenizer, cfg), tokenizer, cfg, device)
+    print0(f"SFT: cross-entropy {loss:.3f} nats a token on {len(test)} held-out demonstrations")
+    save_models([model, tokenizer], out)
+    write_result(out, cfg, {"test_loss": loss})  # run.json: from here on the folder is complete
+
+
+# Appendix A. Runs that are not lost.
+#
+# A run may take days, and machines fail. Noise is a pure function of (seed, step, prompt), and
+# data order and schedules are pure functions of the step. So weights, optimizer state and the
+# step are all that it takes to go on as if nothing had happened. They are saved in
+#
+#     OUT/checkpoints/step-000020/    the state after 20 steps
+#         *.distcp, .metadata         weights and optimizer state, each rank's part in its own files
+#         state.json                  step, settings, lengths of the logs, skipped updates
+#         manifest.json               size and SHA-256 of all these files
+#
+# A checkpoint is written under a temporary name, and gets its own in one move when all of it is
+# on the disk. The manifest finds what disks and people do to it later.
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 # Settings that may differ when a run goes on: they cannot change its result.
-FREE = {"out", "device", "micro_batch_size", "resume", "save_every", "keep", "override", "max_skipped"}
-FREE |= {"terminations", "shard", "timeout", "gradient_checkpointing"}
-GATHER = full.StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole tensors, on rank 0's CPU
-_claimed = {}  # {folder: its locked file}, held until the process ends
+FREE_SETTINGS = {
+    *("out", "device", "micro_batch_size", "resume", "save_every", "keep", "override", "arms"),
+    *("max_skipped", "shard", "timeout", "gradient_checkpointing"),
+}
+held_locks = []  # locks on run folders, held until this process ends
+
+
+class TrainingState(Stateful):
+    """What a checkpoint holds of models, optimizers and random generators.
+
+    torch.distributed.checkpoint asks for `state_dict` when it saves, and again when it loads: for
+    tensors of the right shapes, which it fills, and hands to `load_state_dict`.
+    """
+
+    def __init__(self, models, optimizers):
+        self.models = models
+        self.optimizers = optimizers
+
+    def state_dict(self):
+        """{model: {"weights", "optimizer"}}, and the generators, though none of ours is global."""
+        state = {"generator": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            state["cuda_generator"] = torch.cuda.get_rng_state()
+        for name, optimizer in self.optimizers.items():
+            weights, moments = dcp_state.get_state_dict(self.models[name], optimizer)
+            state[name] = {"weights": weights, "optimizer": moments}
+        return state
+
+    def load_state_dict(self, state):
+        """Put a state back, on any number of ranks, whole or split among them."""
+        torch.set_rng_state(state["generator"].cpu())
+        if "cuda_generator" in state:
+            torch.cuda.set_rng_state(state["cuda_generator"].cpu())
+        for name, optimizer in self.optimizers.items():
+            dcp_state.set_state_dict(
+                self.models[name],
+                optimizer,
+                model_state_dict=state[name]["weights"],
+                optim_state_dict=state[name]["optimizer"],
+            )
 
 
 class Run:
-    """A training run: `for step in run` yields the steps that are left, and saves a checkpoint between them.
+    """A training run in the folder `out`: its steps, its logs, its checkpoints.
 
-    models: {name: module}; optimizers: {name: its optimizer} of those that learn. OUT/checkpoints/step-000020
-    is the state after 20 steps. On SIGINT or SIGTERM the step under way is finished and saved.
+        run = Run(cfg, out, "sft", {"model": model}, {"model": optimizer})
+        run.begin()
+        for step in run.steps():
+            ...
+            run.log({"step": step, "loss": loss}, "loss")
+
+    models: {name: module}; optimizers: {name: its optimizer} of those that learn.
     """
 
     def __init__(self, cfg, out, name, models, optimizers):
-        self.cfg, self.out, self.models, self.optimizers = cfg, Path(out), models, optimizers
-        self.folder, self.signal = self.out / "checkpoints", 0
-        self.last, state = on_rank0(find_checkpoint, cfg, self.out)  # the newest complete checkpoint
-        self.first, self.counters = state["step"], state["counters"]
-        if self.last and (changes := changed(cfg, state["config"])) and not cfg.override:
-            fail(f"{self.last} has other settings: {'; '.join(changes)} (--override goes on with the new)")
-        if self.last:
-            self.load()
-            print0(f"{name}: goes on from {self.last}, {self.first} of {cfg.steps} steps are done")
-        else:
-            torch.manual_seed(cfg.seed)  # whatever this process has done before
-        on_rank0(self.cut, state["offsets"])
-        bar = {"total": cfg.steps, "initial": self.first, "desc": name, "disable": rank() != 0}
-        self.bar = tqdm(**bar, mininterval=1.0, dynamic_ncols=True)
+        self.cfg = cfg
+        self.out = Path(out)
+        self.folder = self.out / "checkpoints"
+        self.name = name
+        self.state = TrainingState(models, optimizers)
+        self.first = 0  # the step to begin with
+        self.last = None  # the newest checkpoint's folder
+        self.counters = {"skipped": 0, "in_a_row": 0}  # updates that were not finite
+        self.signal = 0  # the number of a signal that asks for an end
+        self.bar = None
 
-    def __iter__(self):
-        """Yield the number of every step that is left to do."""
-        before = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    def begin(self):
+        """Go on from the newest complete checkpoint (--resume auto), or start anew.
+
+        Only from here on is anything in the folder changed: what a former run left behind the
+        step at which this one begins is cut off.
+        """
+        self.last = find_checkpoint(self.cfg, self.out)
+        if self.last:
+            saved = on_rank0(read_json, self.last / "state.json")
+            compare_settings(self.cfg, saved["config"], f"{self.last} has other settings")
+            self.first, self.counters = saved["step"], saved["counters"]
+            load_checkpoint(self.last, self.state)
+            total = self.cfg.steps
+            print0(f"{self.name}: goes on from {self.last}, {self.first} of {total} steps are done")
+            on_rank0(cut_logs, self.out, saved["log_sizes"])
+        else:
+            torch.manual_seed(self.cfg.seed)  # whatever this process has done before
+            on_rank0(start_folder, self.out)
+        self.bar = tqdm(
+            total=self.cfg.steps,
+            initial=self.first,
+            desc=self.name,
+            disable=rank() != 0,
+            mininterval=1.0,
+            dynamic_ncols=True,
+        )
+
+    def steps(self):
+        """Yield the number of every step that is left; save checkpoints between the steps.
+
+        On SIGINT (Ctrl-C) or SIGTERM the step under way is finished and saved, and the run ends.
+        """
+        handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, self.remember_signal)
         try:
             for step in range(self.first, self.cfg.steps):
                 yield step
-                number, done = self.stopped(), step + 1
+                done = step + 1
+                number = self.signal_of_any_rank()
                 due = self.cfg.save_every and done % self.cfg.save_every == 0
                 if due or number or done == self.cfg.steps:
                     self.save(done)
                 if number:
-                    self.bar.close()
-                    name = signal.Signals(number).name
-                    print0(f"{name}: saved {self.last}; the same command with --resume auto goes on from it")
-                    raise SystemExit(128 + number)
+                    self.end_early(number)
         finally:
             self.bar.close()
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
         if self.signal:  # it came while the last checkpoint was being written
             os.kill(os.getpid(), self.signal)
 
-    def stop(self, number, frame):
+    def remember_signal(self, number, frame):
         """Signal handler: remember the first signal; a second one ends the process at once."""
         self.signal = number
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
 
-    def stopped(self):
-        """The signal that any of the ranks has received, 0 for none; all ranks agree on it."""
+    def signal_of_any_rank(self):
+        """The signal that any of the ranks has received, 0 for none: all must end together."""
         number = torch.tensor(self.signal)
         if world() > 1:
             dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number)
 
+    def end_early(self, number):
+        """End the program as the signal asks for, after a word on how to go on."""
+        self.bar.close()
+        name = signal.Signals(number).name
+        print0(f"{name}: saved {self.last}; the same command with --resume auto goes on from it")
+        raise SystemExit(128 + number)
+
     def log(self, row, show, batch=()):
         """Append `row` to metrics.jsonl and show its key `show` in the bar.
 
-        A loss that is not finite stands for a skipped update. After max_skipped such rows one after the other
-        the run ends, and leaves `batch`, a list of this rank's examples, in bad_batch.json.
+        A loss that is not finite stands for a skipped update. After max_skipped such rows one
+        after the other the run ends, and leaves `batch`, this rank's examples, behind.
         """
         self.bar.set_postfix({show: f"{row[show]:.3f}"}, refresh=False)
         self.bar.update()
-        skipped = not all(math.isfinite(row[key]) for key in row if key.endswith("loss"))
-        self.counters["skipped"] += skipped
-        self.counters["in_a_row"] = skipped * (self.counters["in_a_row"] + 1)
         self.append("metrics.jsonl", [row])
+        losses = [value for key, value in row.items() if key.endswith("loss")]
+        if all(math.isfinite(loss) for loss in losses):
+            self.counters["in_a_row"] = 0
+            return
+        self.counters["skipped"] += 1
+        self.counters["in_a_row"] += 1
         if self.counters["in_a_row"] >= self.cfg.max_skipped:
-            parts = [list(batch)] * world()
-            if world() > 1:
-                dist.all_gather_object(parts, list(batch))
-            path, bad = self.out / "bad_batch.json", {"step": row["step"], "batch_of_each_rank": parts}
-            on_rank0(self.attempt, "write bad_batch.json", write_json, path, bad)
-            self.bar.close()
-            text = "the loss is no longer finite: lower --lr (or --critic_lr)"
-            text += f"; {self.cfg.max_skipped} steps in a row were skipped"
-            fail(f"{text}, the last batch is in {path}, the last checkpoint is {self.last}")
+            self.give_up(row["step"], batch)
+
+    def give_up(self, step, batch):
+        """End a run whose loss stays infinite or NaN, and leave all ranks' last batch behind."""
+        path = self.out / "bad_batch.json"
+        self.store("write bad_batch.json", write_json, path, {"step": step, "batch": gather(batch)})
+        self.bar.close()
+        fail_together(
+            f"the loss is no longer finite: lower --lr (or --critic_lr); {self.cfg.max_skipped} "
+            f"steps in a row were skipped, the last batch is in {path}, "
+            f"the last checkpoint is {self.last}"
+        )
 
     def append(self, name, rows):
         """Append rows to one of the run's LOGS, on rank 0."""
-        on_rank0(self.attempt, f"write {name}", append_rows, self.out / name, rows)
+        self.store(f"write {name}", append_rows, self.out / name, rows)
 
-    def attempt(self, what, action, *args):
-        """Run an action on storage; where it fails, nothing half-written stays, and the error says all."""
+    def store(self, what, action, *args):
+        """Do something to the run's folder on rank 0; where it fails, say what is still there."""
         try:
-            return action(*args)
-        except (OSError, SafetensorError) as error:
-            for leftover in self.folder.glob(".tmp-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            self.bar.close()  # or the error would stand behind it in the same line
-            reason = getattr(error, "strerror", None) or error
-            last = f"the last complete checkpoint is {self.last or '(none yet)'}"
-            raise OSError(f"cannot {what} in {self.out}: {reason}; {last} (--resume auto)") from None
+            on_rank0(action, *args)
+        except StorageError as error:
+            self.storage_failed(what, error)
 
     def save(self, step):
-        """Save the state after `step` steps: all ranks gather it, rank 0 writes it, file by file."""
-        for name, optimizer in self.optimizers.items():
-            model, same = self.models[name], tied(self.models[name])
-            weights = full.get_model_state_dict(model, options=GATHER)
-            weights = {key: x.contiguous() for key, x in weights.items() if same.get(key, key) == key}
-            on_rank0(self.attempt, "save a checkpoint", self.write, step, name, weights)
-            del weights  # of a large model there is no room for both
-            state = full.get_optimizer_state_dict(model, optimizer, options=GATHER).get("state", {})
-            state = {f"{key} {kind}": x for key, entry in state.items() for kind, x in entry.items()}
-            on_rank0(self.attempt, "save a checkpoint", self.write, step, f"{name}.optimizer", state)
-        self.last = on_rank0(self.attempt, "save a checkpoint", self.complete, step)
-
-    def write(self, step, name, tensors):
-        """Write one file of a checkpoint, which has a temporary name until it is complete."""
-        folder = self.folder / f".tmp-step-{step:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / f"{name}.safetensors")
-
-    def complete(self, step):
-        """Add step, settings, generators and manifest; once all is on the disk, give the folder its name."""
-        generators = {"torch": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            generators["cuda"] = torch.cuda.get_rng_state()
-        self.write(step, "generators", generators)
-        folder, final = self.folder / f".tmp-step-{step:06d}", self.folder / f"step-{step:06d}"
-        logs = [self.out / name for name in LOGS if (self.out / name).exists()]
-        sync(*logs)
-        state = {"step": step, "offsets": {path.name: path.stat().st_size for path in logs}}
-        write_json(folder / "state.json", state | {"counters": self.counters, "config": asdict(self.cfg)})
-        sizes = {path.name: [path.stat().st_size, digest(path)] for path in sorted(folder.iterdir())}
-        write_json(folder / "manifest.json", sizes)
-        sync(*folder.iterdir(), folder)
-        remove(final)  # a damaged one
-        folder.rename(final)
-        sync(self.folder)
-        saved = checkpoints(self.out)  # those behind this one are damaged, or it would not have been made
-        for path in set(saved) - set(saved[: saved.index(final) + 1][-self.cfg.keep :]):
-            remove(path)
-        return final
-
-    def load(self):
-        """Put the checkpoint into models and optimizers, on any number of ranks; rank 0 reads it."""
-        options = full.StateDictOptions(full_state_dict=True, broadcast_from_rank0=world() > 1)
-        for name, optimizer in self.optimizers.items():
-            model, weights = self.models[name], tensors_of(self.last / f"{name}.safetensors")
-            weights |= {key: weights[first] for key, first in tied(model).items() if first in weights}
-            state = full.get_optimizer_state_dict(model, optimizer, options=GATHER)
-            if rank() == 0:
-                state["state"] = {}
-            for place, x in tensors_of(self.last / f"{name}.optimizer.safetensors").items():
-                key, kind = place.split(" ")
-                state["state"].setdefault(key, {})[kind] = x
-            try:
-                full.set_model_state_dict(model, weights, options=options)
-                full.set_optimizer_state_dict(model, optimizer, state, options=options)
-            except (KeyError, RuntimeError) as error:
-                fail(f"{self.last} does not fit the model: {str(error).strip().splitlines()[-1].strip()}")
-        generators = on_rank0(load_file, self.last / "generators.safetensors")
-        torch.set_rng_state(generators["torch"])
-        if torch.cuda.is_available() and "cuda" in generators:
-            torch.cuda.set_rng_state(generators["cuda"])
-
-    def cut(self, offsets):
-        """Cut the logs back to where the run goes on; a new run removes the checkpoints of the one before."""
-        (self.out / "run.json").unlink(missing_ok=True)  # from here on the folder is not finished
-        for leftover in (*self.out.glob(".tmp-*"), *self.folder.glob(".tmp-*")):
-            remove(leftover)
-        if not self.last and (old := checkpoints(self.out)):
-            print(f"starting anew: {len(old)} checkpoints in {self.folder} are removed", flush=True)
-            remove(self.folder)
-        for path in (self.out / name for name in LOGS if (self.out / name).exists()):
-            os.truncate(path, min(offsets.get(path.name, 0), path.stat().st_size))
-
-
-def claim(path):
-    """Create a run's folder and hold it until this process ends: two runs would destroy each other's."""
-    folder = make_folder(path)
-    on_rank0(lock, folder)
-    return folder
-
-
-def lock(folder):
-    """Lock a folder for this process; the system unlocks it even after kill -9.  OSError if it is taken"""
-    if folder.resolve() not in _claimed:
-        file = (folder / "run.lock").open("a+")
+        """Save the state after `step` steps."""
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise OSError(f"another run, pid {file.read() or 'unknown'}, writes to {folder}") from None
-        file.truncate(0)
-        print(os.getpid(), end="", file=file, flush=True)
-        _claimed[folder.resolve()] = file
+            state = {"step": step, "counters": self.counters, "config": asdict(self.cfg)}
+            self.last = save_checkpoint(self.out, self.state, state, self.cfg.keep)
+        except StorageError as error:
+            self.storage_failed("save a checkpoint", error)
+
+    def storage_failed(self, what, error):
+        """End the program with one line: what failed, why, and what there is to go on from."""
+        self.bar.close()  # or the error would stand behind it in the same line
+        on_rank0(remove_leftovers, self.folder)
+        last = self.last or "(none yet)"
+        fail_together(
+            f"cannot {what} in {self.out}: {error}; "
+            f"the last complete checkpoint is {last} (--resume auto)"
+        )
 
 
-def finished(cfg, out):
-    """Whether --resume auto finds this run finished, so that there is nothing left to do."""
-    path = Path(out) / "run.json"
-    made = on_rank0(lambda: json.loads(path.read_text())["config"] if path.exists() else None)
-    if cfg.resume != "auto" or made is None:
-        return False
-    if (changes := changed(cfg, made)) and not cfg.override:
-        fail(f"{out} is finished, with other settings: {'; '.join(changes)} (--override trains on)")
-    if not changes:
-        print0(f"{out} is already finished")
-    return not changes
+def save_checkpoint(out, training_state, state, keep):
+    """Write OUT/checkpoints/step-N for N = state["step"]; keep the newest `keep`. -> its folder
+
+    Every rank writes its own part, and takes the SHA-256 of its own files: of a large model these
+    are hundreds of gigabytes, too many for one rank while the others wait.
+    """
+    final = out / "checkpoints" / f"step-{state['step']:06d}"
+    temporary = final.with_name(f".tmp-{final.name}")
+    on_rank0(make_empty, temporary)
+    try:
+        dcp.save({"state": training_state}, checkpoint_id=temporary)
+    except CheckpointException as error:  # all ranks get it, whichever has failed
+        raise StorageError(reason_of(error)) from None
+    mine = sorted(temporary.glob(f"__{rank()}_*.distcp"))
+    manifest = dict(gather([(path.name, fingerprint(path)) for path in mine]))
+    on_rank0(complete_checkpoint, out, temporary, final, state, manifest)
+    on_rank0(remove_old, out, final, keep)
+    return final
 
 
-def changed(cfg, made):
-    """Settings in which `cfg` differs from those that something was `made` with, as texts."""
-    free = FREE | ({"steps"} if cfg.epochs else set())  # then the epochs and the rows set the steps
-    now = {name: value for name, value in asdict(cfg).items() if name in made and name not in free}
-    return [f"--{name} was {made[name]!r}, is {now[name]!r}" for name in now if made[name] != now[name]]
+def complete_checkpoint(out, temporary, final, state, manifest):
+    """Add state and manifest to a checkpoint, and give it its name."""
+    logs = [out / name for name in LOGS if (out / name).exists()]
+    wait_for_disk(*logs)
+    sizes = {path.name: path.stat().st_size for path in logs}
+    write_json(temporary / "state.json", state | {"log_sizes": sizes})
+    for name in ("state.json", ".metadata"):
+        manifest[name] = fingerprint(temporary / name)
+    write_json(temporary / "manifest.json", manifest)
+    wait_for_disk(temporary)
+    remove(final)  # a damaged one
+    temporary.rename(final)
+    wait_for_disk(final.parent)
+
+
+def remove_old(out, newest, keep):
+    """Remove all checkpoints but the `keep` up to `newest`; those behind it are damaged ones."""
+    saved = checkpoints(out)
+    upto = saved[: saved.index(newest) + 1]
+    for path in saved:
+        if path not in upto[-keep:]:
+            remove(path)
+
+
+def load_checkpoint(folder, training_state):
+    """Put a checkpoint into models and optimizers, on any number of ranks."""
+    try:
+        dcp.load({"state": training_state}, checkpoint_id=folder)
+    except CheckpointException as error:
+        fail_together(f"{folder} does not fit the model: {reason_of(error)}")
+
+
+def reason_of(error):
+    """The first line of the first rank's failure in a CheckpointException."""
+    cause = next(iter(error.failures.values()))[0]
+    return getattr(cause, "strerror", None) or str(cause).strip().split("\n")[0]
 
 
 def checkpoints(out):
     """Folders of the checkpoints in a run's folder, oldest first."""
-    return sorted((Path(out) / "checkpoints").glob("step-*"), key=lambda path: (len(path.name), path.name))
+    folders = (Path(out) / "checkpoints").glob("step-*")
+    return sorted(folders, key=lambda path: (len(path.name), path.name))
 
 
 def find_checkpoint(cfg, out):
-    """The checkpoint to go on from and its state; (None, the state of a new run) where there is none."""
-    saved = checkpoints(out) if cfg.resume else []
+    """The newest complete checkpoint to go on from; None where the run starts anew."""
+    saved = on_rank0(checkpoints, out) if cfg.resume else []
     for folder in reversed(saved):
-        if not (reason := damage(folder)):
-            return folder, json.loads((folder / "state.json").read_text())
-        print(f"warning: {folder} is skipped: {reason}", file=sys.stderr, flush=True)
+        reasons = [reason for reason in gather([damage(folder)]) if reason]
+        if not reasons:
+            return folder
+        if rank() == 0:
+            print(f"warning: {folder} is skipped: {reasons[0]}", file=sys.stderr, flush=True)
     if saved:
-        raise OSError(f"no checkpoint in {out} is complete; without --resume the run starts anew")
-    return None, {"step": 0, "offsets": {}, "counters": {"skipped": 0, "in_a_row": 0}}
+        fail_together(f"no checkpoint in {out} is complete; without --resume the run starts anew")
+    return None
 
 
 def damage(folder):
-    """What is wrong with a checkpoint, compared with its manifest; None if nothing is."""
+    """What is wrong with this rank's share of a checkpoint's files; None if nothing is."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        for name, (size, sha256) in manifest.items():
+        manifest = read_json(folder / "manifest.json")
+        for name in sorted(manifest)[rank() :: world()]:
+            size, sha256 = manifest[name]
             if not (folder / name).is_file():
                 return f"{name} is missing"
-            if (folder / name).stat().st_size != size:
-                return f"{name} has {(folder / name).stat().st_size:,} bytes instead of {size:,}"
-            if digest(folder / name) != sha256:
+            found = (folder / name).stat().st_size
+            if found != size:
+                return f"{name} has {found:,} bytes instead of {size:,}"
+            if fingerprint(folder / name) != [size, sha256]:
                 return f"{name} is damaged: its SHA-256 differs"
     except FileNotFoundError:
         return "manifest.json is missing"
     except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"it cannot be read: {error}"
+    return None
 
 
-def digest(path):
-    """SHA-256 of a file."""
+def fingerprint(path):
+    """[size in bytes, SHA-256] of a file."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return [path.stat().st_size, sha256]
 
 
-def tensors_of(path):
-    """The tensors of a safetensors file, {name: tensor}, on rank 0; {} on the others."""
-    return load_file(path) if rank() == 0 else {}
+def start_folder(out):
+    """Make a run's folder ready for a run from step 0."""
+    old = checkpoints(out)
+    if old:
+        print(f"starting anew: {len(old)} checkpoints in {out} are removed", flush=True)
+        remove(out / "checkpoints")
+    cut_logs(out, {})
 
 
-def tied(model):
-    """{name: first name of the same parameter}; tied weights have two names, and are saved once."""
-    first = {}
-    return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+def cut_logs(out, log_sizes):
+    """Cut the logs back to where the run goes on; and the folder is not finished any more."""
+    (out / "run.json").unlink(missing_ok=True)
+    remove_leftovers(out)
+    remove_leftovers(out / "checkpoints")
+    for path in (out / name for name in LOGS):
+        if path.exists():
+            os.truncate(path, min(log_sizes.get(path.name, 0), path.stat().st_size))
+
+
+def remove_leftovers(folder):
+    """Remove what an interrupted write has left."""
+    for leftover in folder.glob(".tmp-*"):
+        remove(leftover)
+
+
+def claim(path):
+    """Create a run's folder and hold it until this process ends: two runs would mix their files."""
+    folder = make_folder(path)
+    try:
+        on_rank0(lock, folder)
+    except StorageError as error:
+        fail_together(error)
+    return folder
+
+
+def lock(folder):
+    """Lock a folder for this process; the system unlocks it, even after kill -9."""
+    held = FileLock(folder.resolve() / "run.lock", is_singleton=True)
+    try:
+        held.acquire(blocking=False)
+    except Timeout:
+        raise OSError(f"another run writes to {folder}") from None
+    held_locks.append(held)
+
+
+def finished(cfg, out):
+    """Whether --resume auto finds this run finished, so that there is nothing left to do."""
+    path = Path(out) / "run.json"
+    if cfg.resume != "auto" or not on_rank0(path.exists):
+        return False
+    made = on_rank0(read_json, path)["config"]
+    compare_settings(cfg, made, f"{out} is finished, with other settings")
+    if changed_settings(cfg, made):  # --override: train on
+        return False
+    print0(f"{out} is already finished")
+    return True
+
+
+def compare_settings(cfg, made, what):
+    """Refuse to go on with other settings than something was `made` with, unless --override."""
+    changes = changed_settings(cfg, made)
+    if changes and not cfg.override:
+        fail_together(f"{what}: {'; '.join(changes)} (--override goes on with the new)")
+
+
+def changed_settings(cfg, made):
+    """Settings in which `cfg` differs from those that something was `made` with, as texts."""
+    changes = []
+    for name, now in asdict(cfg).items():
+        free = name in FREE_SETTINGS or (name == "steps" and cfg.epochs)  # epochs set the steps
+        if name in made and not free and made[name] != now:
+            changes.append(f"--{name} was {made[name]!r}, is {now!r}")
+    return changes
+
+
+def save_models(parts, out):
+    """Save models and tokenizers in Hugging Face format, on rank 0."""
+    states = []
+    for part in parts:
+        options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        split_up = is_sharded(part)  # then put it together, on rank 0's CPU
+        states.append(dcp_state.get_model_state_dict(part, options=options) if split_up else None)
+
+    def save():
+        for part, state in zip(parts, states, strict=True):
+            options = {"state_dict": state} if state else {}
+            part.save_pretrained(out, **options)
+        wait_for_disk(*(path for path in Path(out).iterdir() if path.is_file()))
+
+    try:
+        on_rank0(save)
+    except StorageError as error:
+        fail_together(f"cannot save the model in {out}: {error}")
+
+
+def write_result(out, cfg, result):
+    """Write run.json: settings and results. A folder that has one is complete."""
+    on_rank0(write_json, Path(out) / "run.json", {"config": asdict(cfg), "result": result})
+
+
+class StorageError(OSError):
+    """Something on rank 0's disk went wrong; raised on all ranks, so that all can act alike."""
 
 
 def on_rank0(action, *args):
-    """What `action(*args)` returns on rank 0, for every rank; an OSError there ends all of them."""
-    result = [None, None]
+    """What `action(*args)` returns on rank 0, for every rank; all wait until it is done.
+
+    Where it raises an OSError there, a StorageError with the reason is raised on every rank.
+    """
+    result, problem = None, None
     if rank() == 0:
         try:
-            result[0] = action(*args)
+            result = action(*args)
         except (OSError, SafetensorError) as error:
-            text = getattr(error, "strerror", None)
-            result[1] = f"{error.filename}: {text}" if text else str(error)
+            problem = describe(error)
     if world() > 1:
-        dist.broadcast_object_list(result, src=0)
-    if result[1]:
-        fail(result[1]) if rank() == 0 else sys.exit(2)  # all of them know, one says so
-    return result[0]
+        shared = [result, problem]
+        dist.broadcast_object_list(shared, src=0)
+        result, problem = shared
+    if problem:
+        raise StorageError(problem)
+    return result
+
+
+def describe(error):
+    """An error of the file system in words: which file, and why."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def barrier():
+    """Wait for all ranks."""
+    if world() > 1:
+        dist.barrier()
+
+
+def setup(device="", timeout=600.0):
+    """Join the process group if torchrun started us; returns the torch.device of this rank.
+
+    timeout: seconds that a rank may take between two exchanges; after that it counts as lost, and
+    the others end with an error, from which --resume auto goes on.
+    """
+    device = pick_device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout)
+    return device
+
+
+def pick_device(device):
+    """The torch.device meant by --device; under torchrun every rank has a GPU of its own."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
 
 
 def join(backend, timeout):
-    """Join the process group; from then on an error of any rank is told with its number and ends the job."""
-    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-
-    def give_up():  # PyTorch's own time-out does not hold if something else listens there and never answers
-        text = f"cannot meet the other ranks at {place}: no answer for --timeout {timeout:g} s"
-        print(f"rank {os.environ['RANK']}: error: {text}", file=sys.stderr, flush=True)
-        os._exit(2)
-
-    clock, most = threading.Timer(timeout + 5, give_up), timedelta(seconds=timeout)
-    clock.start()
+    """Join the process group of all ranks."""
+    limit = timedelta(seconds=timeout)
     try:
-        store, number, count = next(dist.rendezvous("env://", timeout=most))
-        # torchrun's own store outlives a restart, in which ranks must not meet addresses of dead ones.
+        store, number, count = next(dist.rendezvous("env://", timeout=limit))
+        # torchrun's own store outlives a restart (--max_restarts). Without a prefix, new ranks
+        # could read the addresses of dead ones there, and wait for them for ever.
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        dist.init_process_group(backend, timeout=most, store=store, rank=number, world_size=count)
+            attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+            store = dist.PrefixStore(f"attempt {attempt}", store)
+        dist.init_process_group(backend, timeout=limit, store=store, rank=number, world_size=count)
     except dist.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         fail(f"cannot meet the other ranks at {place}: {str(error).splitlines()[0]}")
-    finally:
-        clock.cancel()
-    sys.excepthook = partial(report_error, timeout)
-    atexit.register(dist.destroy_process_group)  # else gloo's threads sometimes abort the finished process
+    atexit.register(dist.destroy_process_group)
 
 
-def report_error(timeout, kind, error, trace):
-    """The excepthook of a rank: one line with its number, behind the trace unless another rank is lost."""
-    lost = re.search(
-        "timed ?out|connection (closed|reset|refused)|broken pipe|aborted", str(error), re.IGNORECASE
-    )
-    text = f"{kind.__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    if issubclass(kind, RuntimeError) and lost:
-        text = f"another rank has died, or not answered for --timeout {timeout:g} s; --resume auto goes on"
-        text += f" from the last checkpoint ({str(error).strip().splitlines()[0]:.150})"
-    else:
-        traceback.print_exception(kind, error, trace)
-    print(f"\nrank {rank()}: {text}", file=sys.stderr, flush=True)
-    os._exit(1)  # no waiting for ranks that will not come
+def read_json(path):
+    """The content of a JSON file."""
+    return json.loads(Path(path).read_text())
 
 
 def write_json(path, value):
     """Write a JSON file in one move: nobody will ever see half of it."""
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
-    sync(temporary)
+    wait_for_disk(temporary)
     temporary.rename(path)
 
 
 def append_rows(path, rows):
     """Append rows to a .jsonl file."""
     with path.open("a") as file:
-        file.writelines(json_line(row) for row in rows)
+        for row in rows:
+            file.write(json_line(row))
 
 
 def json_line(row):
@@ -752,32 +949,18 @@ def json_line(row):
     return json.dumps(json.loads(json.dumps(row), parse_constant=lambda name: None)) + "\n"
 
 
-def tick(device):
-    """(time in seconds, None), or on a GPU, whose work is waited for, (time, peak GB since the last tick)."""
-    if device.type != "cuda":
-        return time.perf_counter(), None
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) / 1e9
-    torch.cuda.reset_peak_memory_stats(device)
-    return time.perf_counter(), peak
-
-
-def timings(clock, phases=()):
-    """Seconds of a step and of its phases, which lie between the ticks; on a GPU also their peak memory."""
-    found = {"seconds": clock[-1][0] - clock[0][0]}
-    found |= {f"seconds_{name}": b[0] - a[0] for name, (a, b) in zip(phases, pairwise(clock), strict=False)}
-    if clock[0][1] is not None:  # this rank's; the other ranks do the same work
-        found["gpu_gb"] = max(peak for _, peak in clock[1:])
-        found |= {f"gpu_gb_{name}": peak for name, (_, peak) in zip(phases, clock[1:], strict=False)}
-    return found
-
-
-def sync(*paths):
+def wait_for_disk(*paths):
     """Wait until files and folders are on the disk, and not only in the system's memory."""
     for path in paths:
         place = os.open(path, os.O_RDONLY)
         os.fsync(place)
         os.close(place)
+
+
+def make_empty(folder):
+    """An empty folder, whatever was there."""
+    remove(folder)
+    folder.mkdir(parents=True)
 
 
 def remove(path):
@@ -789,64 +972,241 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
-def fail(message):
-    """End the program with one line for the person at the keyboard and exit code 2.
+def tick(device):
+    """(time in seconds, None); on a GPU, whose work is waited for, (time, peak GB since then)."""
+    if device.type != "cuda":
+        return time.perf_counter(), None
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) / 1e9
+    torch.cuda.reset_peak_memory_stats(device)
+    return time.perf_counter(), peak
 
-    Before the ranks have joined they all fail alike, and one speaks; later each speaks, with its number.
-    """
-    if (number := int(os.environ.get("RANK", 0))) == 0 or dist.is_initialized():
-        print(f"{f'rank {number}: ' if number else ''}error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+
+def timings(clock, phases=()):
+    """Seconds of a step and of its phases, which lie between the ticks; on a GPU peak memory too."""
+    found = {"seconds": clock[-1][0] - clock[0][0]}
+    for name, (before, after) in zip(phases, pairwise(clock), strict=False):
+        found[f"seconds_{name}"] = after[0] - before[0]
+    if clock[0][1] is not None:  # this rank's; the other ranks do the same work
+        found["gpu_gb"] = max(peak for _, peak in clock[1:])
+        for name, (_, peak) in zip(phases, clock[1:], strict=False):
+            found[f"gpu_gb_{name}"] = peak
+    return found
+
+
+# Appendix B. Settings.
+#
+# Every setting is a flag. A task, and a preset of the paper's, are nothing but flags in front of
+# those on the command line, and of two equal flags the last one wins. So what you type always
+# counts, and --help shows all that is put in front.
+
+# Real text without a pretrained model: sized for minutes on two cores.
+SMALL = {
+    "sft": "--max_prompt 192 --max_response 96 --steps 250 --batch_size 16 --lr 1e-3",
+    "reward": "--max_prompt 192 --max_response 96 --steps 100 --batch_size 16 --lr 2e-4",
+    "ma_ppo": "--max_prompt 192 --max_response 96 --steps 40 --batch_size 32 "
+    "--lr 2e-4 --critic_lr 2e-4",
+}
+# Programs have no reward model: unit tests give the score, and that of no program at all is -1.
+NO_RM = "--split 20 0 80"
+TESTED = f"{NO_RM} --arms token fixed ast --n 10 --no_eos_score -1"
+TASK_FLAGS = {  # {task: {chapter: flags}}
+    "toy": {},
+    "toy-code": {
+        "sft": f"{NO_RM} --max_response 80 --steps 500",
+        "ma_ppo": f"{TESTED} --max_response 80 --lr 1e-3",
+    },
+    "tldr": SMALL,
+    "hh": SMALL,
+    "webgpt": SMALL,
+    "plain": SMALL,
+    "apps": {
+        "sft": f"{SMALL['sft']} {NO_RM}",
+        "ma_ppo": f"{SMALL['ma_ppo']} {TESTED}",
+    },
+}
+PROGRAMS = ("toy-code", "apps")
+# A pretrained model would forget what it knows at the rates of a small new one: with --model,
+# those of the paper's 2B model are put in front.
+PRETRAINED = {
+    "sft": "--lr 5e-5",
+    "reward": "--lr 1e-5",
+    "ma_ppo": "--lr 1.5e-5 --critic_lr 1.5e-5",
+}
+# The paper's settings (its appendix), for each model and task.
+TEXTS = "--max_prompt 512 --max_response 512 --micro_batch_size 4 --epochs 1"
+CODE = f"--max_prompt 600 --max_response 512 --micro_batch_size 4 --epochs 1 {NO_RM}"
+SAMPLING = "--temperature 0.8 --top_k 50"
+CODE_PPO = f"{TESTED} --batch_size 16 --lr 5e-7 --critic_lr 5e-5 --beta 0.05 --warmup 20 --top_k 5"
+PRESETS = {
+    "gemma-2b-tldr": {
+        "all": f"--task tldr --model google/gemma-2b {TEXTS}",
+        "sft": "--batch_size 512 --lr 5e-5 --epochs 3",
+        "reward": "--batch_size 64 --lr 1e-5",
+        "ma_ppo": f"--batch_size 256 --lr 1.5e-5 --critic_lr 1.5e-5 --beta 0.05 --warmup 200 {SAMPLING}",
+    },
+    "gemma-2b-hh": {
+        "all": f"--task hh --model google/gemma-2b {TEXTS}",
+        "sft": "--batch_size 512 --lr 5e-5 --epochs 3",
+        "reward": "--batch_size 64 --lr 1e-5",
+        "ma_ppo": f"--batch_size 256 --lr 1.5e-5 --critic_lr 1.5e-5 --beta 0.05 --warmup 200 {SAMPLING}",
+    },
+    "gemma-2b-webgpt": {
+        "all": f"--task webgpt --model google/gemma-2b {TEXTS}",
+        "sft": "--batch_size 64 --lr 1e-4 --epochs 3",
+        "reward": "--batch_size 32 --lr 2e-5",
+        "ma_ppo": f"--batch_size 256 --lr 1.5e-5 --critic_lr 1.5e-5 --beta 0.05 --warmup 200 {SAMPLING}",
+    },
+    "gemma-7b-tldr": {
+        "all": f"--task tldr --model google/gemma-7b {TEXTS}",
+        "sft": "--batch_size 128 --lr 2e-5 --epochs 1",
+        "reward": "--batch_size 128 --lr 1e-6",
+        "ma_ppo": f"--batch_size 256 --lr 1e-6 --critic_lr 1e-6 --beta 0.05 --warmup 200 {SAMPLING}",
+    },
+    "gemma-7b-hh": {
+        "all": f"--task hh --model google/gemma-7b {TEXTS}",
+        "sft": "--batch_size 128 --lr 2e-5 --epochs 1",
+        "reward": "--batch_size 64 --lr 1e-6",
+        "ma_ppo": f"--batch_size 256 --lr 1e-6 --critic_lr 1e-6 --beta 0.05 --warmup 200 {SAMPLING}",
+    },
+    "gemma-7b-webgpt": {
+        "all": f"--task webgpt --model google/gemma-7b {TEXTS}",
+        "sft": "--batch_size 128 --lr 2e-5 --epochs 5",
+        "reward": "--batch_size 32 --lr 1e-6",
+        "ma_ppo": f"--batch_size 256 --lr 1e-6 --critic_lr 1e-6 --beta 0.1 --warmup 200 {SAMPLING}",
+    },
+    "gemma-2-27b-tldr": {
+        "all": f"--task tldr --model google/gemma-2-27b {TEXTS}",
+        "sft": "--batch_size 128 --lr 5e-6 --epochs 3",
+        "reward": "--batch_size 128 --lr 8e-6",
+        "ma_ppo": f"--batch_size 256 --lr 7e-7 --critic_lr 1e-6 --beta 0.1 --warmup 0 {SAMPLING}",
+    },
+    "codegemma-2b-apps": {
+        "all": f"--task apps --model google/codegemma-2b {CODE}",
+        "sft": "--batch_size 16 --lr 5e-6 --epochs 1 --warmup 0",
+        "ma_ppo": CODE_PPO,
+    },
+    "codegemma-7b-apps": {
+        "all": f"--task apps --model google/codegemma-7b {CODE}",
+        "sft": "--batch_size 32 --lr 2e-6 --epochs 1 --warmup 0",
+        "ma_ppo": CODE_PPO,
+    },
+}
 
 
 def parse(config_class, chapter, argv=None):
-    """Read a chapter's `Config` from the command line: its defaults < the task's < the preset's < flags."""
+    """A chapter's `Config`: its defaults, then flags of task, model and preset, then `argv`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     title = sys.modules[config_class.__module__].__doc__.split("\n")[0]
-    parser = HfArgumentParser(config_class, description=title)
+    parser = HfArgumentParser(
+        config_class,
+        description=title,
+        epilog=flags_in_front(chapter),
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
     parser.error = fail
-    argv = sys.argv[1:] if argv is None else argv
-    quiet = [flag for flag in argv if flag not in ("-h", "--help")]
-    if (name := parser.parse_known_args(quiet)[0].preset) and name not in PAPER:
-        fail(f"unknown preset {name!r}: choose from {', '.join(PAPER)}")
-    preset = paper_settings(name) if name else {}
-    parser.set_defaults(**preset.get("all", {}))
-    if (task := parser.parse_known_args(quiet)[0].task) not in DEFAULTS:
-        fail(f"unknown task {task!r}: choose from {', '.join(DEFAULTS)}")
-    parser.set_defaults(**(preset.get(chapter) or DEFAULTS[task].get(chapter, {})))
-    cfg = config_class(**vars(parser.parse_args(argv)))
-    cfg.out = cfg.out or str(Path("runs") / cfg.task / ("" if chapter == "ma_ppo" else chapter))
+    cfg = config_class(**vars(parser.parse_args(default_flags(chapter, argv) + argv)))
+    if not cfg.out:
+        cfg.out = str(Path("runs") / cfg.task / ("" if chapter == "ma_ppo" else chapter))
     check(cfg)
     return cfg
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows every default, and leaves the lines of the table at the end as they are."""
+
+
+def default_flags(chapter, argv):
+    """The flags that task, model and preset in `argv` put in front of it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = fail
+    for name in ("--task", "--model", "--preset"):
+        parser.add_argument(name, default="")
+    chosen, _ = parser.parse_known_args(argv)
+    if chosen.preset and chosen.preset not in PRESETS:
+        fail(f"unknown preset {chosen.preset!r}: choose from {', '.join(PRESETS)}")
+    preset = PRESETS.get(chosen.preset, {"all": ""})
+    task = chosen.task or preset["all"].partition("--task ")[2].partition(" ")[0] or "toy"
+    if task not in TASK_FLAGS:
+        fail(f"unknown task {task!r}: choose from {', '.join(TASK_FLAGS)}")
+    flags = [TASK_FLAGS[task].get(chapter, "")]
+    if chosen.model:
+        flags.append(PRETRAINED[chapter])
+    flags.append(preset["all"])
+    flags.append(preset.get(chapter, ""))
+    return shlex.split(" ".join(flags))
+
+
+def flags_in_front(chapter):
+    """The end of --help: what tasks, models and presets put in front of the command line."""
+    lines = ["flags put in front of yours, which therefore win:"]
+    for task, flags in TASK_FLAGS.items():
+        lines.append(f"  --task {task}: {flags.get(chapter, '') or '(none)'}")
+    lines.append(f"  --model NAME: {PRETRAINED[chapter]}")
+    for name, flags in PRESETS.items():
+        lines.append(f"  --preset {name}: {flags['all']} {flags.get(chapter, '')}")
+    return "\n".join(lines)
+
+
 def check(cfg):
     """Refuse settings that cannot work, before anything is computed."""
-    for name in ("steps", "batch_size", "micro_batch_size", "lr", "max_prompt", "max_response", "timeout"):
+    positive = "steps batch_size micro_batch_size lr max_prompt max_response timeout"
+    for name in positive.split():
         if not 0 < getattr(cfg, name) < math.inf:
             fail(f"--{name} must be positive, got {getattr(cfg, name)}")
-    if cfg.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        fail("--shard splits models among ranks: start two or more with torchrun --nproc_per_node=N")
-    if cfg.batch_size % (ranks := int(os.environ.get("WORLD_SIZE", 1))):
-        fail(f"--batch_size {cfg.batch_size} is not divisible by the number of ranks, {ranks}")
+    at_least = {"save_every": 0, "keep": 1, "max_skipped": 1, "epochs": 0, "warmup": 0}
+    for name, least in at_least.items():
+        if not least <= getattr(cfg, name) < math.inf:
+            fail(f"--{name} must be {least} or more, got {getattr(cfg, name)}")
+    choices = {"precision": ("auto", "bf16", "fp32"), "resume": ("", "auto")}
+    for name, allowed in choices.items():
+        if getattr(cfg, name) not in allowed:
+            fail(f"--{name} must be one of {allowed}, got {getattr(cfg, name)!r}")
+    if not 0 <= cfg.seed < 2**63:
+        fail(f"--seed must be 0 or more and below 2**63, got {cfg.seed}")
+    check_data(cfg)
+    check_ranks(cfg)
+    check_device(cfg)
+
+
+def check_data(cfg):
+    """Refuse rows that cannot be found, or shared out."""
     if cfg.task.startswith("toy") and cfg.data:
         fail("--data FILE needs a task that reads it: tldr, hh, webgpt, apps or plain")
     if cfg.task == "plain" and not cfg.data:
         fail(f"--task {cfg.task} needs --data FILE")
     if len(cfg.split) != 3 or min(cfg.split) < 0 or not 99.9 < sum(cfg.split) < 100.1:
         fail(f"--split must be three percentages that add up to 100, got {cfg.split}")
-    for name, least in (("save_every", 0), ("keep", 1), ("max_skipped", 1)):
-        if getattr(cfg, name) < least:
-            fail(f"--{name} must be {least} or more, got {getattr(cfg, name)}")
-    if cfg.precision not in ("auto", "bf16", "fp32"):
-        fail(f"--precision must be auto, bf16 or fp32, got {cfg.precision!r}")
-    if cfg.resume not in ("", "auto"):
-        fail(f"--resume must be auto or empty, got {cfg.resume!r}")
-    if not 0 <= cfg.seed < 2**63:
-        fail(f"--seed must be 0 or more and below 2**63, got {cfg.seed}")
+
+
+def check_ranks(cfg):
+    """Refuse a batch that the ranks cannot share evenly."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.shard and ranks == 1:
+        fail("--shard splits models among ranks: start two with torchrun --nproc_per_node=2")
+    if cfg.batch_size % ranks:
+        fail(f"--batch_size {cfg.batch_size} is not divisible by the number of ranks, {ranks}")
+
+
+def check_device(cfg):
+    """Refuse a device that is not there, or that all ranks would share."""
     try:
-        torch.zeros(1, device=cfg.device or "cpu").item()
+        device = pick_device(cfg.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # or every rank would first use some of GPU 0
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
         fail(f"--device {cfg.device} cannot be used: {str(error).splitlines()[0]}")
+    if ":" in cfg.device and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail(f"--device {cfg.device} would put all ranks on one; say --device {device.type}")
+
+
+def count_steps(cfg, count):
+    """--steps, or as many as --epochs passes over `count` rows take."""
+    if cfg.epochs:
+        return max(1, round(cfg.epochs * count / cfg.batch_size))
+    return cfg.steps
 
 
 def make_folder(path):
@@ -860,6 +1220,36 @@ def make_folder(path):
     return Path(path)
 
 
+def fail(message):
+    """End the program with one line for the person at the keyboard and exit code 2.
+
+    Before the ranks have joined they all fail alike, and rank 0 speaks; later each speaks for
+    itself, with its number.
+    """
+    number = int(os.environ.get("RANK", 0))
+    if number == 0 or dist.is_initialized():
+        name = f"rank {number}: " if number else ""
+        print(f"{name}error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def fail_together(message):
+    """End all ranks, which have met the same problem; rank 0 says so."""
+    if rank() == 0:
+        fail(message)
+    raise SystemExit(2)
+
+
+# Appendix C. Models.
+#
+# The story calls models and does not care how they were loaded, in which precision they multiply,
+# or whether they are split among GPUs. All of that is decided here, once, before training.
+#
+# All models of the pipeline stay in eval mode, so that dropout is off: PPO compares the
+# probability of a token now with that when it was sampled, and with dropout the two would differ
+# before anything was learned.
+
+
 def load_or_fail(from_pretrained, path, **options):
     """Call a `from_pretrained`; a failure becomes one line that names the path."""
     try:
@@ -869,16 +1259,18 @@ def load_or_fail(from_pretrained, path, **options):
 
 
 def load_causal_lm(path, length=0, device="cpu"):
-    """The causal LM and tokenizer at `path`, in float32, with a PAD that is not EOS, for `length` tokens.
+    """The causal LM and tokenizer at `path`, in float32, with a PAD that is not EOS.
 
-    All models of the pipeline stay in eval mode: with dropout the first PPO ratio would not be 1 (SPEC 8).
+    length: tokens that prompt and response may take together; refused where the model has fewer
+    positions.
     """
     tokenizer = load_or_fail(AutoTokenizer.from_pretrained, path)
     options = {"dtype": torch.float32, "output_loading_info": True}
     model, report = load_or_fail(AutoModelForCausalLM.from_pretrained, path, **options)
     if report["missing_keys"]:
         fail(f"{path} holds no causal LM: it has no {sorted(report['missing_keys'])[0]}")
-    if length > (window := getattr(model.config, "max_position_embeddings", math.inf)):
+    window = getattr(model.config, "max_position_embeddings", math.inf)
+    if length > window:
         fail(f"--max_prompt and --max_response add up to {length}; {path} has {window} positions")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no EOS token: a response could never end")
@@ -890,93 +1282,37 @@ def load_causal_lm(path, length=0, device="cpu"):
     return model.eval().to(device), tokenizer
 
 
-def home(cfg, device):
-    """Where a model is loaded: on its device, or on the CPU if --shard will move it there layer by layer."""
+def load_device(cfg, device):
+    """Where a model is loaded: on its device, or on the CPU if --shard will move it in pieces."""
     return torch.device("cpu") if cfg.shard else device
 
 
-def prepare(model, cfg, device):
-    """Set a model's forward passes up as --precision, --gradient_checkpointing and --compile say.
-
-    In bf16, weights that learn stay in fp32, and matrices are multiplied in bf16 (autocast); the trunk of a
-    frozen model (its parameters want no gradient) is stored in bf16, in half the memory.
-    """
-    trunk = getattr(model, "trunk", model)
-    frozen = not next(model.parameters()).requires_grad
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported() and cfg.precision == "auto"
-    if bf16 or cfg.precision == "bf16":
-        if frozen:
-            trunk.to(torch.bfloat16)
-        # A cache would keep a bf16 copy of all weights until the pass ends, of which none is used again.
-        cast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
-        model.forward = cast(model.forward)
-    if cfg.gradient_checkpointing and not frozen:
-        for layer in trunk.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.forward = partial(recomputed, layer.forward)
-    if cfg.shard:
-        shard_model(model, device)
-    if cfg.compile:
-        model.compile(dynamic=True)
-
-
-def shard_model(model, device):
-    """Split a model's parameters among the ranks (PyTorch's FSDP2), and with them gradients and Adam's state.
-
-    Each layer is put together when it is needed. Our losses are parts of a sum over all ranks, so gradients
-    are added up and not averaged. All ranks must call the model equally often. Before this, every rank
-    holds the whole model in the CPU's memory.
-    """
-    mesh, trunk = init_device_mesh(device.type, (world(),)), getattr(model, "trunk", model)
-    layers = [layer for layer in trunk.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    for module in dict.fromkeys([*layers, trunk, model]):  # the trunk may have another dtype than its head
-        fully_shard(module, mesh=mesh)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it adds up
-
-
-def sharded(model):
-    """Whether a model is split among the ranks."""
-    return isinstance(model, FSDPModule)
-
-
-def whole(x):
-    """A tensor that may be split among the ranks, put together on each of them."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def evenly(count):
-    """This rank's numbers of range(count), as many as any rank's: the first come up again at the end."""
-    return [i % count for i in range(rank(), math.ceil(count / world()) * world(), world())]
-
-
-def recomputed(forward, *args, **kwargs):
-    """A layer's output, of which the backward pass keeps the inputs only. (transformers' own way wants train
-    mode, which would switch dropout on, and cannot be used while sampling.)"""
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-
 def start_model(cfg, rows):
-    """What SFT starts from: --model, or a small Llama from scratch with a vocabulary made from `rows`."""
+    """What SFT starts from: --model, or a small Llama with a vocabulary made from `rows`."""
     if cfg.model:
         return load_causal_lm(cfg.model, cfg.max_prompt + cfg.max_response)
     torch.manual_seed(cfg.seed)
     tokenizer = small_tokenizer(cfg.task, [row["prompt"] + row["response"] for row in rows])
-    hidden, layers, heads = (64, 2, 2) if cfg.task.startswith("toy") else (128, 4, 4)
-    size = {"hidden_size": hidden, "intermediate_size": 2 * hidden}
-    size |= {"num_hidden_layers": layers, "num_attention_heads": heads}
-    size["max_position_embeddings"] = max(1024, cfg.max_prompt + cfg.max_response)
-    # With the usual 0.02 the toy's model does not learn to copy from the post in so few steps.
-    size["initializer_range"] = 0.1 if cfg.task.startswith("toy") else 0.02
-    config = LlamaConfig(vocab_size=len(tokenizer), bos_token_id=None, **size)
-    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    toy = cfg.task.startswith("toy")
+    hidden, layers, heads = (64, 2, 2) if toy else (128, 4, 4)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=max(1024, cfg.max_prompt + cfg.max_response),
+        # With the usual 0.02 the toy's model does not learn to copy from the post in time.
+        initializer_range=0.1 if toy else 0.02,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     return LlamaForCausalLM(config).eval(), tokenizer
 
 
 def small_tokenizer(task, texts):
-    """A tokenizer learned from `texts`: whole words for the toy, 2,048 byte-level pieces for other text."""
+    """A tokenizer learned from `texts`: whole words for the toy, else 2,048 pieces of bytes."""
     options = {"special_tokens": ["<pad>", "<eos>", "<unk>"], "show_progress": False}
     if task == "toy":
         tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
@@ -986,12 +1322,99 @@ def small_tokenizer(task, texts):
         tokenizer.decoder = decoders.Metaspace()
         trainer = trainers.WordLevelTrainer(**options)
     else:
-        tokenizer, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
+        tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=2048, initial_alphabet=alphabet, **options)
     tokenizer.train_from_iterator(texts, trainer)
-    return FastTokenizer(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def prepare(model, cfg, device):
+    """Set a model up as --precision, --gradient_checkpointing, --shard and --compile say.
+
+    A model is frozen where its parameters want no gradient: reference and reward model in PPO.
+    """
+    trunk = getattr(model, "trunk", model)  # a reward model's transformer, without its head
+    frozen = not next(model.parameters()).requires_grad
+    model.bf16 = wants_bf16(cfg, device)
+    if model.bf16 and frozen:
+        trunk.to(torch.bfloat16)  # it never learns, so half the memory will do
+    if cfg.gradient_checkpointing and not frozen:
+        recompute_activations(trunk)
+    if cfg.shard:
+        shard_model(model, device)
+    if cfg.compile:
+        model.compile(dynamic=True)
+
+
+def wants_bf16(cfg, device):
+    """Whether matrices are multiplied in bf16: as told, or where the GPU itself can."""
+    if cfg.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return cfg.precision == "bf16"
+
+
+def autocast(model, cache=False):
+    """Within this context a model that is set up for bf16 multiplies its matrices in bf16.
+
+    Weights that learn stay in fp32: an update of one part in a thousand would be lost in bf16's
+    three digits. They are cast at every use. cache: keep the copies until the context ends (2
+    bytes a parameter), which pays where one context calls the model many times.
+    """
+    bf16 = getattr(model, "bf16", False)
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, torch.bfloat16, enabled=bf16, cache_enabled=cache)
+
+
+def recompute_activations(trunk):
+    """Keep only the inputs of each layer, and compute the rest again in the backward pass.
+
+    transformers recomputes in layers that are in training mode. So that is switched on for the
+    layers themselves, not for what is inside them; and their own dropout is switched off.
+    """
+    trunk.activation_checkpointing_enable()
+    for layer in trunk.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = True
+            for name, value in vars(layer).items():
+                if "dropout" in name and isinstance(value, float):
+                    setattr(layer, name, 0.0)
+
+
+def shard_model(model, device):
+    """Split a model's parameters among the ranks, and with them gradients and Adam's state.
+
+    This is PyTorch's FSDP2. Each layer is put together when it is needed, and taken apart again.
+    Our losses are parts of a sum over all ranks, so gradients are added up and not averaged. All
+    ranks must call the model equally often. Until here every rank holds the whole model in the
+    CPU's memory.
+    """
+    mesh = init_device_mesh(device.type, (world(),))
+    trunk = getattr(model, "trunk", model)
+    modules = [layer for layer in trunk.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    modules += [trunk, model]  # apart, for the trunk may have another dtype than its head
+    for module in dict.fromkeys(modules):
+        fully_shard(module, mesh=mesh)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it adds up
+
+
+def is_sharded(model):
+    """Whether a model is split among the ranks."""
+    return isinstance(model, FSDPModule)
+
+
+def gathered(x):
+    """A tensor that may be split among the ranks, put together on each of them."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+# Appendix D. How text becomes tokens.
+#
+# PLACEHOLDER
 
 
 def encode(rows, tokenizer, cfg, names=("prompt", "response")):
@@ -1000,7 +1423,10 @@ def encode(rows, tokenizer, cfg, names=("prompt", "response")):
     A prompt longer than max_prompt loses its beginning, a response (with its EOS) longer than max_response
     its end. With --chat_template, prompts are wrapped in the tokenizer's own, which is never cut.
     """
-    bos, eos = tokenizer("").input_ids, tokenizer.eos_token_id  # [BOS] for models that want one, else []
+    bos, eos = (
+        tokenizer("").input_ids,
+        tokenizer.eos_token_id,
+    )  # [BOS] for models that want one, else []
     encoded = [{} for _ in rows]
     for name in names if rows else ():
         texts = [row[name] for row in rows]
@@ -1046,11 +1472,15 @@ def chat_prompt(prompt, tokenizer, limit):
         if len(messages) > 2:
             messages = messages[2:]
         elif content:
-            places = tokenizer(content, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+            places = tokenizer(
+                content, add_special_tokens=False, return_offsets_mapping=True
+            ).offset_mapping
             cut = min(len(places), len(ids) - limit)
             messages[0]["content"] = content[max(1, places[cut - 1][1] if cut else 0) :]
         else:
-            fail(f"--max_prompt {limit} leaves no room: the empty chat template has {len(ids)} tokens")
+            fail(
+                f"--max_prompt {limit} leaves no room: the empty chat template has {len(ids)} tokens"
+            )
     return ids
 
 
@@ -1063,7 +1493,9 @@ def report_cuts(rows, tokenizer, cfg, names=("prompt", "response")):
     for suffix in INSTRUCTIONS:
         room = bos + len(tokenizer(suffix, add_special_tokens=False).input_ids)
         if room > cfg.max_prompt and rows[0]["prompt"].endswith(suffix):
-            fail(f"--max_prompt {cfg.max_prompt} cuts the instruction {suffix!r}, which takes {room} tokens")
+            fail(
+                f"--max_prompt {cfg.max_prompt} cuts the instruction {suffix!r}, which takes {room} tokens"
+            )
     for name in names:
         kind = "prompt" if name == "prompt" else "response"
         texts, limit = [row[name] for row in rows[rank() :: world()]], getattr(cfg, f"max_{kind}")
@@ -1071,16 +1503,14 @@ def report_cuts(rows, tokenizer, cfg, names=("prompt", "response")):
         spare = bos if name == "prompt" else 1  # 1: the EOS
         cut = int(all_sum(sum(length + spare > limit for length in lengths)))
         if cut:
-            print0(f"{cut:,} of {len(rows):,} texts {name!r} are cut to --max_{kind} {limit} tokens")
+            print0(
+                f"{cut:,} of {len(rows):,} texts {name!r} are cut to --max_{kind} {limit} tokens"
+            )
 
 
-def count_steps(cfg, count):
-    """--steps, or as many as --epochs passes over `count` rows take."""
-    return max(1, round(cfg.epochs * count / cfg.batch_size)) if cfg.epochs else cfg.steps
-
-
-# Rows. Every file, from the hub or from --data, becomes rows of texts {prompt, response, chosen, rejected,
-# problem}, as far as it has them. Which of the published schemas a row follows is seen from its fields.
+# Appendix E. Rows.
+#
+# PLACEHOLDER
 
 INSTRUCTIONS = (" TL;DR:", "Assistant:", "ANSWER:")  # the last words of prompts, as written below
 SPLIT_SEED = 1234  # the paper's; fixed, so that stages run with different --seed never share rows
@@ -1126,7 +1556,9 @@ def load_rows(task, files=(), skip_bad_rows=False):
     table = [row for path in files or ["hf://datasets/" + HUB[task]] for row in read_file(path)]
     bad = [row["bad"] for row in table if row["bad"]]
     if bad and not skip_bad_rows:
-        fail(f"{bad[0]} ({len(bad)} malformed of {len(table)} rows; --skip_bad_rows leaves them out)")
+        fail(
+            f"{bad[0]} ({len(bad)} malformed of {len(table)} rows; --skip_bad_rows leaves them out)"
+        )
     rows = [json.loads(row["row"]) for row in table if row["row"]]
     if not table:
         fail(f"{', '.join(files) or task} is empty")
@@ -1155,11 +1587,17 @@ def read_file(path):
     with waiting(first):
         try:
             table = datasets.load_dataset(loader, data_files=str(path), split="train", **options)
-        except Exception as error:  # of many kinds: no file, no network, no gzip, no UTF-8, no Parquet
+        except (
+            Exception
+        ) as error:  # of many kinds: no file, no network, no gzip, no UTF-8, no Parquet
             cause = error.__cause__ or error.__context__ or error
             reason = f"cannot be read: {type(cause).__name__}: {str(cause).splitlines()[0]}"
             reason = "is empty" if type(cause).__name__ == "SchemaInferenceError" else reason
-            hint = "; without the hub, give files: --data FILE" if str(path).startswith("hf://") else ""
+            hint = (
+                "; without the hub, give files: --data FILE"
+                if str(path).startswith("hf://")
+                else ""
+            )
             fail(f"--data {path} {reason}{hint}")
         options = {"with_indices": True, "remove_columns": table.column_names, "batched": True}
         known = {"path": str(path), "kind": kind, "code": Path(__file__).read_text()}
@@ -1202,7 +1640,9 @@ def json_rows(columns, places, path, kind):
             parsed = json.loads(text) if text.strip() else []
         except ValueError as error:
             parsed = ValueError(f"not JSON ({error})")
-        if parsed == [] or (kind == "json" and isinstance(parsed, list)):  # an empty line, or all rows
+        if parsed == [] or (
+            kind == "json" and isinstance(parsed, list)
+        ):  # an empty line, or all rows
             yield from ((f"{path}: row {number}", row) for number, row in enumerate(parsed, 1))
         else:
             yield f"{path}:{place + 1}", parsed
@@ -1320,109 +1760,139 @@ HUB = {
 }
 
 
-# The paper's settings (its appendix; SPEC 7). Batch, learning rate and epochs of SFT; batch and rate of the
-# RM; batch, rates of policy and critic, beta and warm-up steps of PPO.
-PAPER = {
-    "gemma-2b-tldr": ("google/gemma-2b", 512, 5e-5, 3, 64, 1e-5, 256, 1.5e-5, 1.5e-5, 0.05, 200),
-    "gemma-2b-hh": ("google/gemma-2b", 512, 5e-5, 3, 64, 1e-5, 256, 1.5e-5, 1.5e-5, 0.05, 200),
-    "gemma-2b-webgpt": ("google/gemma-2b", 64, 1e-4, 3, 32, 2e-5, 256, 1.5e-5, 1.5e-5, 0.05, 200),
-    "gemma-7b-tldr": ("google/gemma-7b", 128, 2e-5, 1, 128, 1e-6, 256, 1e-6, 1e-6, 0.05, 200),
-    "gemma-7b-hh": ("google/gemma-7b", 128, 2e-5, 1, 64, 1e-6, 256, 1e-6, 1e-6, 0.05, 200),
-    "gemma-7b-webgpt": ("google/gemma-7b", 128, 2e-5, 5, 32, 1e-6, 256, 1e-6, 1e-6, 0.1, 200),
-    "gemma-2-27b-tldr": ("google/gemma-2-27b", 128, 5e-6, 3, 128, 8e-6, 256, 7e-7, 1e-6, 0.1, 0),
-    "codegemma-2b-apps": ("google/codegemma-2b", 16, 5e-6, 1, 0, 0, 16, 5e-7, 5e-5, 0.05, 20),
-    "codegemma-7b-apps": ("google/codegemma-7b", 32, 2e-6, 1, 0, 0, 16, 5e-7, 5e-5, 0.05, 20),
+# Appendix F. The toy.
+#
+# Real data takes hours and never tells what a good answer is. The toy is a miniature of TL;DR
+# that takes minutes and knows the truth. A post states twelve facts about a trip, in random order
+# and wording; a summary should state each of them once. Demonstrations state some of them, one in
+# twelve wrongly, with fillers and repetitions. Chapter 2 has the toy's true quality, `gold_score`.
+
+TOY_ROWS = 30_000  # posts
+TOY_LONGEST = 14  # sentences of a summary, so that it fits into max_response
+
+
+class Fact(NamedTuple):
+    """One kind of fact: its six values, the wording of summaries, two wordings of posts."""
+
+    values: str
+    summary: str
+    posts: tuple
+
+
+TOY_FACTS = {
+    "friend": Fact(
+        "anna ben carla david emma felix",
+        "my old friend {} came along with me",
+        ("this time i took young {} with me", "{} from work joined me for it all"),
+    ),
+    "place": Fact(
+        "lisbon vienna oslo prague dublin athens",
+        "we spent the whole week in lovely {}",
+        ("our plan was to see beautiful {} again", "so we finally made it to {}"),
+    ),
+    "month": Fact(
+        "january march may july september november",
+        "it was the middle of {} back then",
+        ("we had left home in late {}", "last {} i had some free days"),
+    ),
+    "ride": Fact(
+        "train bus plane ferry car bike",
+        "we got there by {} in one day",
+        ("the way there was one slow {} ride", "i had booked a cheap {} for us"),
+    ),
+    "weather": Fact(
+        "sunny rainy windy foggy snowy stormy",
+        "the weather was mostly {} for us",
+        ("almost every single day was rather {}", "it got {} as soon as we arrived"),
+    ),
+    "lodging": Fact(
+        "hotel hostel cabin tent castle boat",
+        "we slept in a small {} near town",
+        ("our home was this tiny {} outside", "somebody had let us use their {}"),
+    ),
+    "food": Fact(
+        "pizza soup curry fish pasta stew",
+        "for dinner we ate some {} there",
+        ("there was always hot {} to eat", "i could not get enough of their {}"),
+    ),
+    "animal": Fact(
+        "dog cat goat horse parrot fox",
+        "a friendly {} followed us all the time",
+        ("every morning we met the same {}", "some {} kept running after us"),
+    ),
+    "loss": Fact(
+        "camera passport wallet phone umbrella jacket",
+        "i lost my favourite {} on day two",
+        ("somebody must have stolen my new {}", "then my expensive {} was suddenly gone"),
+    ),
+    "cost": Fact(
+        "forty sixty ninety hundred thousand million",
+        "in total i paid {} euros for it",
+        ("it all cost me about {} euros", "i spent {} euros and regret nothing"),
+    ),
+    "injury": Fact(
+        "knee ankle wrist elbow shoulder toe",
+        "i badly hurt one {} on the stairs",
+        ("my {} still hurts from a fall", "i fell and twisted my {} there"),
+    ),
+    "gift": Fact(
+        "mug scarf poster lamp ring clock",
+        "my mother got a nice {} from me",
+        ("i brought home the prettiest {}", "for my parents i bought a {}"),
+    ),
 }
-
-
-def paper_settings(name):
-    """A row of PAPER as settings {"all": of every chapter, "sft": {...}, "reward": ..., "ma_ppo": ...}."""
-    model, *sft, rm_batch, rm_lr, batch, lr, critic_lr, beta, warmup = PAPER[name]
-    code = name.endswith("apps")
-    return {
-        "all": {"task": name.rsplit("-", 1)[1], "model": model, "max_prompt": 600 if code else 512,
-                "max_response": 512, "micro_batch_size": 4, "epochs": 1.0,
-                **(NO_RM if code else {})},
-        "sft": dict(zip(("batch_size", "lr", "epochs"), sft, strict=True), warmup=0.0 if code else 0.1),
-        "reward": {} if code else {"batch_size": rm_batch, "lr": rm_lr},
-        "ma_ppo": {"batch_size": batch, "lr": lr, "critic_lr": critic_lr, "beta": beta, "warmup": warmup,
-                   "temperature": 1.0 if code else 0.8, "top_k": 5 if code else 50}
-                  | (TESTED if code else {}),
-    }  # fmt: skip
-
-
-# The toy, a miniature TL;DR. A post states twelve facts about a trip, in random order and wording; a summary
-# should state each of them once. Unlike with real data, true quality is known: `gold_score` of chapter 2.
-TOY_ROWS, TOY_LONGEST = 30_000, 14  # posts; sentences of a summary, so that it fits into max_response
-# Each slot: its six values, the wording of summaries, two wordings of posts.
-TOY_FACTS = dict(
-    friend=("anna ben carla david emma felix", "my old friend {} came along with me",
-        "this time i took young {} with me", "{} from work joined me for it all"),
-    place=("lisbon vienna oslo prague dublin athens", "we spent the whole week in lovely {}",
-        "our plan was to see beautiful {} again", "so we finally made it to {}"),
-    month=("january march may july september november", "it was the middle of {} back then",
-        "we had left home in late {}", "last {} i had some free days"),
-    ride=("train bus plane ferry car bike", "we got there by {} in one day",
-        "the way there was one slow {} ride", "i had booked a cheap {} for us"),
-    weather=("sunny rainy windy foggy snowy stormy", "the weather was mostly {} for us",
-        "almost every single day was rather {}", "it got {} as soon as we arrived"),
-    lodging=("hotel hostel cabin tent castle boat", "we slept in a small {} near town",
-        "our home was this tiny {} outside", "somebody had let us use their {}"),
-    food=("pizza soup curry fish pasta stew", "for dinner we ate some {} there",
-        "there was always hot {} to eat", "i could not get enough of their {}"),
-    animal=("dog cat goat horse parrot fox", "a friendly {} followed us all the time",
-        "every morning we met the same {}", "some {} kept running after us"),
-    loss=("camera passport wallet phone umbrella jacket", "i lost my favourite {} on day two",
-        "somebody must have stolen my new {}", "then my expensive {} was suddenly gone"),
-    cost=("forty sixty ninety hundred thousand million", "in total i paid {} euros for it",
-        "it all cost me about {} euros", "i spent {} euros and regret nothing"),
-    injury=("knee ankle wrist elbow shoulder toe", "i badly hurt one {} on the stairs",
-        "my {} still hurts from a fall", "i fell and twisted my {} there"),
-    gift=("mug scarf poster lamp ring clock", "my mother got a nice {} from me",
-        "i brought home the prettiest {}", "for my parents i bought a {}"),
-)  # fmt: skip
 TOY_FILLERS = (
-    "anyway that is all i wanted to say", "so yeah it was really something else",
-    "you know how these things always go", "well i guess that is just life",
-)  # fmt: skip
+    "anyway that is all i wanted to say",
+    "so yeah it was really something else",
+    "you know how these things always go",
+    "well i guess that is just life",
+)
 
 
 @cache
 def toy_sentences():
     """Every sentence of the toy: {sentence: (slot, value)}; a filler's slot is None."""
     sentences = {filler: (None, None) for filler in TOY_FILLERS}
-    for slot, (values, *wordings) in TOY_FACTS.items():
-        for value in values.split():
-            sentences |= {wording.format(value): (slot, value) for wording in wordings}
+    for slot, fact in TOY_FACTS.items():
+        for value in fact.values.split():
+            for wording in (fact.summary, *fact.posts):
+                sentences[wording.format(value)] = (slot, value)
     return sentences
 
 
 def toy_summary(rng, facts, share, wrong, fillers, repeats):
-    """Sentences: a `share` of the `facts` {slot: value}, so many fillers, and up to so many repetitions.
+    """The sentences of a summary: a `share` of the `facts`, fillers, and repetitions.
 
-    With probability `wrong` a fact's value is drawn at random, and so wrong 5 times in 6. Never more than
-    TOY_LONGEST sentences.  rng: random.Random
+    rng: random.Random; facts: {slot: value}. With probability `wrong` a fact's value is drawn at
+    random, and so wrong 5 times in 6. fillers: how many; repeats: at most so many. Never more
+    than TOY_LONGEST sentences.
     """
     sentences = []
     for slot in rng.sample(list(facts), round(share * len(facts))):
-        values, wording, *_ = TOY_FACTS[slot]
-        value = rng.choice(values.split()) if rng.random() < wrong else facts[slot]
-        sentences.append(wording.format(value))
+        fact = TOY_FACTS[slot]
+        value = rng.choice(fact.values.split()) if rng.random() < wrong else facts[slot]
+        sentences.append(fact.summary.format(value))
     extra = rng.sample(TOY_FILLERS, min(fillers, TOY_LONGEST - len(sentences)))
-    extra += rng.choices(sentences, k=rng.randint(0, min(repeats, TOY_LONGEST - len(sentences) - len(extra))))
+    room = TOY_LONGEST - len(sentences) - len(extra)
+    extra += rng.choices(sentences, k=rng.randint(0, min(repeats, room)))
     for sentence in extra:
         sentences.insert(rng.randint(0, len(sentences)), sentence)
     return sentences
 
 
 def toy_row(index):
-    """Post number `index` with a demonstration: texts {prompt, response}, and the post's number."""
+    """Post number `index` with a demonstration: {prompt, response, facts, number}."""
     rng = random.Random(f"{SPLIT_SEED} {index}")
-    facts = {slot: rng.choice(values.split()) for slot, (values, *_) in TOY_FACTS.items()}
-    post = [rng.choice(TOY_FACTS[slot][2:]).format(facts[slot]) for slot in rng.sample(list(facts), 12)]
-    response = toy_text(toy_summary(rng, facts, rng.uniform(0.3, 0.7), 0.1, rng.randint(2, 4), 2))
-    prompt = f"POST Subreddit: r/travel{toy_text(post)} TL;DR:"
-    return {"prompt": prompt, "response": response, "number": index}
+    facts = {slot: rng.choice(fact.values.split()) for slot, fact in TOY_FACTS.items()}
+    order = rng.sample(list(facts), len(facts))
+    post = [rng.choice(TOY_FACTS[slot].posts).format(facts[slot]) for slot in order]
+    summary = toy_summary(rng, facts, rng.uniform(0.3, 0.7), 0.1, rng.randint(2, 4), 2)
+    return {
+        "prompt": f"POST Subreddit: r/travel{toy_text(post)} TL;DR:",
+        "response": toy_text(summary),
+        "facts": {slot: facts[slot] for slot in order},
+        "number": index,
+    }
 
 
 def toy_text(sentences):
@@ -1430,100 +1900,189 @@ def toy_text(sentences):
     return "".join(f" {sentence}." for sentence in sentences)
 
 
-# toy-code, a miniature of APPS: what a function f does with a list x, told in English, with unit tests, and
-# demonstrations of which a share has a mistake. The truth is what the functions below compute, never a text.
-CODE_ROWS, CODE_WRONG, CODE_TESTS = 30_000, 0.6, 3  # problems; share with a mistake; tests of each
-# Weights of the mistakes: no return; a number, step or list for another; two steps swapped; one, or a
-# bracket, left out. The first two are habits, which PPO breaks first.
-CODE_MISTAKES = {"return": 4, "number": 8, "step": 2, "order": 2, "gap": 1, "list": 1, "bracket": 1}
-# Each step: its words, its line, what it does to a list x with a number k, and what it is mistaken for.
-CODE_STEPS = dict(
-    add=("add {} to each", "x = [v + {} for v in x]", lambda x, k: [v + k for v in x], "subtract"),
-    subtract=("subtract {} from each", "x = [v - {} for v in x]", lambda x, k: [v - k for v in x], "add"),
-    multiply=("multiply each by {}", "x = [v * {} for v in x]", lambda x, k: [v * k for v in x], "add"),
-    above=("keep those above {}", "x = [v for v in x if v > {}]",
-        lambda x, k: [v for v in x if v > k], "below"),
-    below=("keep those below {}", "x = [v for v in x if v < {}]",
-        lambda x, k: [v for v in x if v < k], "above"),
-    even=("keep the even ones", "x = [v for v in x if v % 2 == 0]",
-        lambda x, k: [v for v in x if not v & 1], "odd"),
-    odd=("keep the odd ones", "x = [v for v in x if v % 2 == 1]",
-        lambda x, k: [v for v in x if v & 1], "even"),
-    up=("sort upwards", "x = sorted(x)", lambda x, k: sorted(x), "down"),
-    down=("sort downwards", "x = sorted(x, reverse=True)", lambda x, k: sorted(x)[::-1], "up"),
-    turn=("turn the list round", "x = x[::-1]", lambda x, k: [*reversed(x)], "down"),
-    first=("keep the first {}", "x = x[:{}]", lambda x, k: [v for i, v in enumerate(x) if i < k], "drop"),
-    drop=("drop the first {}", "x = x[{}:]", lambda x, k: [v for i, v in enumerate(x) if i >= k], "first"),
-)  # fmt: skip
-CODE_ENDS = dict(
-    sum=("return the sum", "return sum(x)", lambda x, k: sum(x), "count"),
-    count=("return the count", "return len(x)", lambda x, k: len(x), "sum"),
-    largest=("return the largest or 0", "return max(x, default=0)",
-        lambda x, k: sorted(x)[-1] if x else 0, "smallest"),
-    smallest=("return the smallest or 0", "return min(x, default=0)",
-        lambda x, k: sorted(x)[0] if x else 0, "largest"),
-    list=("return the list", "return x", lambda x, k: x, "count"),
-)  # fmt: skip
+# Appendix G. toy-code.
+#
+# A miniature of APPS, program synthesis with unit tests: what a function f does with a list x is
+# told in English, and demonstrations are programs of which six in ten have one mistake. The truth
+# is what the functions `compute` below compute, never a text.
+
+CODE_ROWS = 30_000  # problems
+CODE_WRONG = 0.6  # share of the demonstrations with a mistake
+CODE_TESTS = 3  # unit tests of each problem
+# How often each kind of mistake is made: no return; a number, step or list for another; two steps
+# swapped; one step, or a bracket, left out. The first two are habits, which PPO breaks first.
+CODE_MISTAKES = {
+    "return": 4,
+    "number": 8,
+    "step": 2,
+    "order": 2,
+    "gap": 1,
+    "list": 1,
+    "bracket": 1,
+}
+
+
+class Step(NamedTuple):
+    """One step of a program: its words and its line, with {} for a number k."""
+
+    words: str
+    line: str
+    compute: object  # what it makes of a list x and a number k
+    mistaken_for: str  # the step that a wrong demonstration has in its place
+
+
+CODE_STEPS = {
+    "add": Step(
+        "add {} to each", "x = [v + {} for v in x]", lambda x, k: [v + k for v in x], "subtract"
+    ),
+    "subtract": Step(
+        "subtract {} from each", "x = [v - {} for v in x]", lambda x, k: [v - k for v in x], "add"
+    ),
+    "multiply": Step(
+        "multiply each by {}", "x = [v * {} for v in x]", lambda x, k: [v * k for v in x], "add"
+    ),
+    "above": Step(
+        "keep those above {}",
+        "x = [v for v in x if v > {}]",
+        lambda x, k: [v for v in x if v > k],
+        "below",
+    ),
+    "below": Step(
+        "keep those below {}",
+        "x = [v for v in x if v < {}]",
+        lambda x, k: [v for v in x if v < k],
+        "above",
+    ),
+    "even": Step(
+        "keep the even ones",
+        "x = [v for v in x if v % 2 == 0]",
+        lambda x, k: [v for v in x if not v & 1],
+        "odd",
+    ),
+    "odd": Step(
+        "keep the odd ones",
+        "x = [v for v in x if v % 2 == 1]",
+        lambda x, k: [v for v in x if v & 1],
+        "even",
+    ),
+    "up": Step("sort upwards", "x = sorted(x)", lambda x, k: sorted(x), "down"),
+    "down": Step(
+        "sort downwards", "x = sorted(x, reverse=True)", lambda x, k: sorted(x)[::-1], "up"
+    ),
+    "turn": Step("turn the list round", "x = x[::-1]", lambda x, k: [*reversed(x)], "down"),
+    "first": Step("keep the first {}", "x = x[:{}]", lambda x, k: x[: min(k, len(x))], "drop"),
+    "drop": Step("drop the first {}", "x = x[{}:]", lambda x, k: x[min(k, len(x)) :], "first"),
+}
+CODE_ENDS = {
+    "sum": Step("return the sum", "return sum(x)", lambda x, k: sum(x), "count"),
+    "count": Step("return the count", "return len(x)", lambda x, k: len(x), "sum"),
+    "largest": Step(
+        "return the largest or 0",
+        "return max(x, default=0)",
+        lambda x, k: sorted(x)[-1] if x else 0,
+        "smallest",
+    ),
+    "smallest": Step(
+        "return the smallest or 0",
+        "return min(x, default=0)",
+        lambda x, k: sorted(x)[0] if x else 0,
+        "largest",
+    ),
+    "list": Step("return the list", "return x", lambda x, k: x, "count"),
+}
 CODE = CODE_STEPS | CODE_ENDS
 
 
 def code_output(steps, x):
-    """What a program of `steps`, a list of (name, number), returns for the list `x`: None without an end."""
+    """What a program of `steps`, a list of (name, number), returns for `x`; None without an end."""
     for name, k in steps:
-        x = CODE[name][2](x, k)
+        x = CODE[name].compute(x, k)
         if name in CODE_ENDS:
             return x
+    return None
 
 
 def code_text(steps):
     """The program of `steps`."""
-    return "\n    ".join(["def f(x):", *(CODE[name][1].format(k) for name, k in steps)])
+    lines = ["def f(x):"]
+    for name, k in steps:
+        lines.append(CODE[name].line.format(k))
+    return "\n    ".join(lines)
 
 
 def code_steps(rng):
-    """A random problem: its steps, and the inputs of its tests, to which not all answers are the same."""
+    """A random problem: its steps, and the inputs of its tests, whose outputs are not all equal."""
     while True:
-        names = [*rng.sample([*CODE_STEPS], rng.randint(2, 4)), rng.choice([*CODE_ENDS])]
+        names = rng.sample([*CODE_STEPS], rng.randint(2, 4))
+        names.append(rng.choice([*CODE_ENDS]))
         steps = [(name, rng.randint(2, 6)) for name in names]
         inputs = [[rng.randint(0, 12) for _ in range(8)] for _ in range(CODE_TESTS)]
-        if any(code_output(steps, x) != code_output(steps, inputs[0]) for x in inputs):
+        first = code_output(steps, inputs[0])
+        if any(code_output(steps, x) != first for x in inputs):
             return steps, inputs
 
 
 def code_mistake(rng, steps, inputs):
     """A program with one mistake, which the tests on `inputs` find."""
     while True:
-        i, kind = rng.randrange(len(steps)), rng.choices([*CODE_MISTAKES], CODE_MISTAKES.values())[0]
-        (name, k), before, after = steps[i], steps[:i], steps[i + 1 :]
-        lines = code_text(steps).split("\n")
+        i = rng.randrange(len(steps))
+        kind = rng.choices([*CODE_MISTAKES], CODE_MISTAKES.values())[0]
         if kind == "return":
-            return "\n".join(lines).replace("return ", "")
-        if kind in ("list", "bracket"):
-            unknown, cut = re.sub("x(?!.*x)", "y", lines[i + 1]), lines[i + 1][:-1]
-            return "\n".join([*lines[: i + 1], unknown if kind == "list" else cut, *lines[i + 2 :]])
-        wrong = {
-            "number": [*before, (name, k + 1), *after],
-            "step": [*before, (CODE[name][3], k), *after],
-            "order": [*before, *after[:1], steps[i], *after[1:]],
-            "gap": before + after,
-        }[kind]
+            return code_text(steps).replace("return ", "")
+        if kind == "list":
+            return with_unknown_list(steps, i)
+        if kind == "bracket":
+            return with_line_cut(steps, i)
+        wrong = wrong_steps(kind, steps, i)
         if any(code_output(wrong, x) != code_output(steps, x) for x in inputs):
             return code_text(wrong)
 
 
+def with_unknown_list(steps, i):
+    """The program of `steps` in which step `i` reads a list y that does not exist."""
+    lines = code_text(steps).split("\n")
+    lines[i + 1] = re.sub("x(?!.*x)", "y", lines[i + 1])  # the last x of the line
+    return "\n".join(lines)
+
+
+def with_line_cut(steps, i):
+    """The program of `steps` in which the line of step `i` lacks its last character."""
+    lines = code_text(steps).split("\n")
+    lines[i + 1] = lines[i + 1][:-1]
+    return "\n".join(lines)
+
+
+def wrong_steps(kind, steps, i):
+    """`steps` with a mistake at step `i`: another number or step, two swapped, or one left out."""
+    before, (name, k), after = steps[:i], steps[i], steps[i + 1 :]
+    if kind == "number":
+        return [*before, (name, k + 1), *after]
+    if kind == "step":
+        return [*before, (CODE[name].mistaken_for, k), *after]
+    if kind == "order":
+        return [*before, *after[:1], (name, k), *after[1:]]
+    return before + after
+
+
 def code_row(index):
-    """Problem number `index` with a demonstration, as APPS has them: {prompt, response, problem, number}."""
+    """Problem number `index` with a demonstration: {prompt, response, problem, number}."""
     rng = random.Random(f"{SPLIT_SEED} code {index}")
     steps, inputs = code_steps(rng)
-    tests = {"fn_name": "f", "inputs": [[x] for x in inputs]}
-    tests["outputs"] = [code_output(steps, x) for x in inputs]
-    words = [CODE[name][0].format(k) for name, k in steps]
-    row = {"question": f"With the list x: {', '.join(words)}.", "starter_code": "def f(x):"}
+    words = [CODE[name].words.format(k) for name, k in steps]
     wrong = rng.random() < CODE_WRONG
-    row["solutions"] = [code_mistake(rng, steps, inputs) if wrong else code_text(steps)]
-    row |= {"input_output": tests, "difficulty": f"{len(steps)} statements"}
+    row = {  # in APPS' form
+        "question": f"With the list x: {', '.join(words)}.",
+        "starter_code": "def f(x):",
+        "solutions": [code_mistake(rng, steps, inputs) if wrong else code_text(steps)],
+        "input_output": {
+            "fn_name": "f",
+            "inputs": [[x] for x in inputs],
+            "outputs": [code_output(steps, x) for x in inputs],
+        },
+        "difficulty": f"{len(steps)} statements",
+    }
     return apps_row(row) | {"number": index}
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()  # torchrun shows the error of the rank that failed first
