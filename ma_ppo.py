@@ -22,6 +22,7 @@ KL penalty    at each token beta (log pi - log pi_ref) is paid, here 1 for "trip
 reward r      what a token earns: the penalty, and at the last real token the score as well.
 return        the sum of the rewards from a token on: what is still to come, and what training wants
               large. One sample of it is noisy: it depends on all tokens that happened to follow.
+              What the critic is taught is A + V: this sum, mixed with its own later guesses.
 value V       the critic's guess of the return, before the token is chosen. The critic is a second
               model, which learns to predict. It is what "better than expected" is measured by.
 advantage A   how much better an action turned out than expected: positive ones are made likelier,
@@ -46,14 +47,15 @@ clip          once the ratio has left 1 +- 0.2 in the direction that A asks for,
               off: a few responses must not carry the policy far from where they were sampled. With
               one update per rollout, the default, this never happens.
 
-Why should macro actions help? The score is earned at the end, and has to travel back to the early
-tokens *through the critic's guesses*: each decision on the way multiplies it by lambda, and replaces
-what was lost by the critic's opinion. Over 80 tokens at .95 nothing of it arrives (.95^80 = .02), so
-that early tokens learn what the critic thinks; and the critic started as a reward model that was
-only ever read at the end of a response. With macro actions of 5 tokens there are 16 decisions
-(.95^16 = .44): a longer horizon in tokens. But lambda = .95^(1/5) at token level has that horizon
-too, for (lambda^(1/n))^n = lambda. This is the arm `control`: what macro actions do beyond it, such
-as averaging the critic's noise (3 and 1 above became 2), shows in the difference of the two.
+Why should fewer decisions help? The score is earned at the end, and has to travel back to the
+early tokens *through the critic's guesses*: each decision on the way multiplies it by lambda, and
+fills the rest up with the critic's opinion. Over 80 tokens at .95 next to nothing arrives (.95^80 =
+.02): the early tokens learn what the critic thinks. And a bad critic thinks nonsense: it started as
+a reward model that was only ever read at the end of a response. With macro actions of 5 tokens
+there are 16 decisions (.95^16 = .44), which is a longer horizon in tokens. But lambda = .95^(1/5)
+at token level has that horizon too, for (lambda^(1/n))^n = lambda. That is the arm `control`: what
+macro actions do beyond it, such as averaging the critic's noise (1 and 3 above became 2), shows in
+the difference of the two.
 
 The equation, and the whole difference (k counts macro actions, R_k and V_k are pooled from tokens):
 
@@ -62,7 +64,7 @@ The equation, and the whole difference (k counts macro actions, R_k and V_k are 
 
     python ma_ppo.py                                # SFT, RM, two arms, curves: minutes on a CPU
     python ma_ppo.py --arms token fixed control     # with the control experiment
-    python ma_ppo.py --arms fixed --n 10 --out runs/n10 --sft runs/toy/sft --reward_model runs/toy/reward
+    python ma_ppo.py --arms fixed --n 10 --out runs/n10
     python ma_ppo.py --task toy-code                # programs, rewarded by unit tests: no RM
     torchrun --nproc_per_node=2 ma_ppo.py           # the same run on two processes
 
@@ -177,7 +179,9 @@ def train(arm, out, cfg, device):
         # 3. The responses are cut into macro actions.
         cut(arm, rollout, tokenizer, cfg)
         # 4. Each token gets its reward: the KL penalty, and the last one the score.
-        rewards = token_rewards(rollout, cfg.beta)  # [B, T]
+        logprobs, ref_logprobs = rollout.logprobs, rollout.ref_logprobs  # [B, T]
+        mask = rollout.batch.mask  # [B, T]
+        rewards = token_rewards(rollout.scores, logprobs, ref_logprobs, mask, cfg.beta)  # [B, T]
         # 5. Each action gets its advantage: how much better was it than expected?
         assign_credit(arm, rollout, rewards, cfg)
         clock.append(sft.tick(device))
@@ -396,25 +400,22 @@ def cut(arm, rollout, tokenizer, cfg):
 # Step 4. Rewards.
 
 
-def token_rewards(rollout, beta):
+def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
     """The KL penalty at every token, plus the score at the last real one.  -> [B, T]
 
-    beta: reward per nat. A nat is the unit of log-probabilities. The sum of log pi - log pi_ref
-    over a sampled response is an unbiased estimate of the KL divergence. The score lands on the
-    last *real* token, the end mark: in a padded row the last column stands behind the end, where
-    nothing was decided and the mask would throw the score away.
+    scores: [B]; logprobs, ref_logprobs, mask: [B, T]; beta: reward per nat, the unit of natural
+    logarithms. The sum of log pi - log pi_ref over a sampled response is an unbiased estimate of
+    the KL divergence. The score lands on the last *real* token, the end mark: in a padded row the
+    last column lies behind the end, where nothing was decided, and the mask would drop the score.
 
     >>> mask = torch.tensor([[1, 1, 0]])  # a response of two tokens, and padding
     >>> logprobs, ref_logprobs = torch.tensor([[-1.0, -2, 0]]), torch.tensor([[-3.0, -2, 0]])
-    >>> rollout = Rollout(sft.Batch(None, None, mask), [], [], [], logprobs, ref_logprobs)
-    >>> rollout.scores = torch.tensor([3.0])
-    >>> token_rewards(rollout, beta=0.5)
-    tensor([[-1.,  3.,  0.]])
+    >>> token_rewards(torch.tensor([3.0]), logprobs, ref_logprobs, mask, beta=0.5).int().tolist()
+    [[-1, 3, 0]]
     """
-    mask = rollout.batch.mask  # [B, T]
-    rewards = -beta * (rollout.logprobs - rollout.ref_logprobs) * mask  # [B, T]
+    rewards = -beta * (logprobs - ref_logprobs) * mask  # [B, T]
     last = (mask.sum(1, keepdim=True).long() - 1).clamp(min=0)  # [B, 1]
-    return rewards.scatter_add(1, last, rollout.scores[:, None].to(rewards.dtype))  # [B, T]
+    return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))  # [B, T]
 
 
 # Step 5. Credit. These two functions are what the paper is about: read them side by side.
@@ -427,7 +428,8 @@ def token_gae(rewards, values, mask, gamma, lam):
     0 in the padding. The primer's response, lam = 0.5: from the end, A_5 = 3 - 1 = 2,
     A_4 = (0 + 1 - 2) + 0.5 x 2 = 0, A_3 = (0 + 2 - 1) + 0.5 x 0 = 1, and so on.
 
-    >>> rewards, values = torch.tensor([[0.0, -1, 0, 0, 0, 3]]), torch.tensor([[1.0, 3, 0, 1, 2, 1]])
+    >>> rewards = torch.tensor([[0.0, -1, 0, 0, 0, 3]])
+    >>> values = torch.tensor([[1.0, 3, 0, 1, 2, 1]])
     >>> token_gae(rewards, values, torch.ones(1, 6), gamma=1.0, lam=0.5)[0].tolist()
     [[0.375, -3.25, 1.5, 1.0, 0.0, 2.0]]
     """
@@ -447,7 +449,8 @@ def macro_gae(rewards, values, mask, seg, gamma, lam, value_pooling="equal", rew
     R = (-1, 0, 3), V = (2, 1, 1); A_2 = 3 - 1 = 2, A_1 = (0 + 1 - 1) + 0.5 x 2 = 1,
     A_0 = (-1 + 1 - 2) + 0.5 x 1 = -1.5.
 
-    >>> rewards, values = torch.tensor([[0.0, -1, 0, 0, 0, 3]]), torch.tensor([[1.0, 3, 0, 1, 2, 1]])
+    >>> rewards = torch.tensor([[0.0, -1, 0, 0, 0, 3]])
+    >>> values = torch.tensor([[1.0, 3, 0, 1, 2, 1]])
     >>> seg = torch.tensor([[0, 0, 1, 1, 1, 2]])
     >>> macro_gae(rewards, values, torch.ones(1, 6), seg, gamma=1.0, lam=0.5)[0].tolist()
     [[-1.5, -1.5, 1.0, 1.0, 1.0, 2.0]]
@@ -660,20 +663,21 @@ def load_prompts(tokenizer, cfg):
         rows.setdefault(row["prompt"], row)
     rows = list(rows.values())
     sft.report_cuts(rows, tokenizer, cfg, ["prompt"])
+    encoded = sft.encode(rows, tokenizer, cfg, ["prompt"])
     prompts = []
-    for number, (row, ids) in enumerate(
-        zip(rows, sft.encode(rows, tokenizer, cfg, ["prompt"]), strict=True)
-    ):
+    for number, (row, ids) in enumerate(zip(rows, encoded, strict=True)):
         known = {name: row[name] for name in ("facts", "problem") if name in row}
         prompts.append({"number": number, "text": row["prompt"], "prompt": ids["prompt"]} | known)
     return prompts
 
 
 # Settings that a stage takes over, and, of these, those that shape the tokens that it learns.
-SHARED = "seed data split skip_bad_rows chat_template max_prompt max_response".split()
-SHARED += "device precision gradient_checkpointing compile shard".split()
-SHARED += "resume keep override max_skipped timeout".split()
-SHAPING = "task data split model chat_template max_prompt max_response".split()
+SHARED = (
+    *("seed", "data", "split", "skip_bad_rows", "chat_template", "max_prompt", "max_response"),
+    *("device", "precision", "gradient_checkpointing", "compile", "shard"),
+    *("resume", "keep", "override", "max_skipped", "timeout"),
+)
+SHAPING = ("task", "data", "split", "model", "chat_template", "max_prompt", "max_response")
 
 
 def build_missing_stages(cfg):

@@ -30,7 +30,6 @@ You may stop reading at Appendix A; the later chapters need the story only.
 import argparse
 import atexit
 import contextlib
-import gzip
 import hashlib
 import json
 import math
@@ -43,7 +42,6 @@ import signal
 import sys
 import time
 import warnings
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import cache, partial
@@ -1036,59 +1034,61 @@ PRETRAINED = {
 # The paper's settings (its appendix), for each model and task.
 TEXTS = "--max_prompt 512 --max_response 512 --micro_batch_size 4 --epochs 1"
 CODE = f"--max_prompt 600 --max_response 512 --micro_batch_size 4 --epochs 1 {NO_RM}"
-SAMPLING = "--temperature 0.8 --top_k 50"
-CODE_PPO = f"{TESTED} --batch_size 16 --lr 5e-7 --critic_lr 5e-5 --beta 0.05 --warmup 20 --top_k 5"
-PRESETS = {
+PPO = "--batch_size 256 --warmup 200 --beta 0.05 --temperature 0.8 --top_k 50"
+PPO_2B = f"{PPO} --lr 1.5e-5 --critic_lr 1.5e-5"
+PPO_7B = f"{PPO} --lr 1e-6 --critic_lr 1e-6"
+CODE_PPO = f"{TESTED} --batch_size 16 --lr 5e-7 --critic_lr 5e-5 --warmup 20 --top_k 5"
+PRESETS = {  # {preset: {chapter, or all of them: flags}}
     "gemma-2b-tldr": {
         "all": f"--task tldr --model google/gemma-2b {TEXTS}",
         "sft": "--batch_size 512 --lr 5e-5 --epochs 3",
         "reward": "--batch_size 64 --lr 1e-5",
-        "ma_ppo": f"--batch_size 256 --lr 1.5e-5 --critic_lr 1.5e-5 --beta 0.05 --warmup 200 {SAMPLING}",
+        "ma_ppo": PPO_2B,
     },
     "gemma-2b-hh": {
         "all": f"--task hh --model google/gemma-2b {TEXTS}",
         "sft": "--batch_size 512 --lr 5e-5 --epochs 3",
         "reward": "--batch_size 64 --lr 1e-5",
-        "ma_ppo": f"--batch_size 256 --lr 1.5e-5 --critic_lr 1.5e-5 --beta 0.05 --warmup 200 {SAMPLING}",
+        "ma_ppo": PPO_2B,
     },
     "gemma-2b-webgpt": {
         "all": f"--task webgpt --model google/gemma-2b {TEXTS}",
         "sft": "--batch_size 64 --lr 1e-4 --epochs 3",
         "reward": "--batch_size 32 --lr 2e-5",
-        "ma_ppo": f"--batch_size 256 --lr 1.5e-5 --critic_lr 1.5e-5 --beta 0.05 --warmup 200 {SAMPLING}",
+        "ma_ppo": PPO_2B,
     },
     "gemma-7b-tldr": {
         "all": f"--task tldr --model google/gemma-7b {TEXTS}",
         "sft": "--batch_size 128 --lr 2e-5 --epochs 1",
         "reward": "--batch_size 128 --lr 1e-6",
-        "ma_ppo": f"--batch_size 256 --lr 1e-6 --critic_lr 1e-6 --beta 0.05 --warmup 200 {SAMPLING}",
+        "ma_ppo": PPO_7B,
     },
     "gemma-7b-hh": {
         "all": f"--task hh --model google/gemma-7b {TEXTS}",
         "sft": "--batch_size 128 --lr 2e-5 --epochs 1",
         "reward": "--batch_size 64 --lr 1e-6",
-        "ma_ppo": f"--batch_size 256 --lr 1e-6 --critic_lr 1e-6 --beta 0.05 --warmup 200 {SAMPLING}",
+        "ma_ppo": PPO_7B,
     },
     "gemma-7b-webgpt": {
         "all": f"--task webgpt --model google/gemma-7b {TEXTS}",
         "sft": "--batch_size 128 --lr 2e-5 --epochs 5",
         "reward": "--batch_size 32 --lr 1e-6",
-        "ma_ppo": f"--batch_size 256 --lr 1e-6 --critic_lr 1e-6 --beta 0.1 --warmup 200 {SAMPLING}",
+        "ma_ppo": f"{PPO_7B} --beta 0.1",
     },
     "gemma-2-27b-tldr": {
         "all": f"--task tldr --model google/gemma-2-27b {TEXTS}",
         "sft": "--batch_size 128 --lr 5e-6 --epochs 3",
         "reward": "--batch_size 128 --lr 8e-6",
-        "ma_ppo": f"--batch_size 256 --lr 7e-7 --critic_lr 1e-6 --beta 0.1 --warmup 0 {SAMPLING}",
+        "ma_ppo": f"{PPO} --lr 7e-7 --critic_lr 1e-6 --beta 0.1 --warmup 0",
     },
     "codegemma-2b-apps": {
         "all": f"--task apps --model google/codegemma-2b {CODE}",
-        "sft": "--batch_size 16 --lr 5e-6 --epochs 1 --warmup 0",
+        "sft": "--batch_size 16 --lr 5e-6 --warmup 0",
         "ma_ppo": CODE_PPO,
     },
     "codegemma-7b-apps": {
         "all": f"--task apps --model google/codegemma-7b {CODE}",
-        "sft": "--batch_size 32 --lr 2e-6 --epochs 1 --warmup 0",
+        "sft": "--batch_size 32 --lr 2e-6 --warmup 0",
         "ma_ppo": CODE_PPO,
     },
 }
@@ -1140,7 +1140,7 @@ def default_flags(chapter, argv):
 
 def flags_in_front(chapter):
     """The end of --help: what tasks, models and presets put in front of the command line."""
-    lines = ["flags put in front of yours, which therefore win:"]
+    lines = ["flags that are put in front of yours (of two equal flags the last one, yours, wins):"]
     for task, flags in TASK_FLAGS.items():
         lines.append(f"  --task {task}: {flags.get(chapter, '') or '(none)'}")
     lines.append(f"  --model NAME: {PRETRAINED[chapter]}")
@@ -1779,68 +1779,46 @@ class Fact(NamedTuple):
     posts: tuple
 
 
+# fmt: off
 TOY_FACTS = {
     "friend": Fact(
-        "anna ben carla david emma felix",
-        "my old friend {} came along with me",
-        ("this time i took young {} with me", "{} from work joined me for it all"),
-    ),
+        "anna ben carla david emma felix", "my old friend {} came along with me",
+        ("this time i took young {} with me", "{} from work joined me for it all")),
     "place": Fact(
-        "lisbon vienna oslo prague dublin athens",
-        "we spent the whole week in lovely {}",
-        ("our plan was to see beautiful {} again", "so we finally made it to {}"),
-    ),
+        "lisbon vienna oslo prague dublin athens", "we spent the whole week in lovely {}",
+        ("our plan was to see beautiful {} again", "so we finally made it to {}")),
     "month": Fact(
-        "january march may july september november",
-        "it was the middle of {} back then",
-        ("we had left home in late {}", "last {} i had some free days"),
-    ),
+        "january march may july september november", "it was the middle of {} back then",
+        ("we had left home in late {}", "last {} i had some free days")),
     "ride": Fact(
-        "train bus plane ferry car bike",
-        "we got there by {} in one day",
-        ("the way there was one slow {} ride", "i had booked a cheap {} for us"),
-    ),
+        "train bus plane ferry car bike", "we got there by {} in one day",
+        ("the way there was one slow {} ride", "i had booked a cheap {} for us")),
     "weather": Fact(
-        "sunny rainy windy foggy snowy stormy",
-        "the weather was mostly {} for us",
-        ("almost every single day was rather {}", "it got {} as soon as we arrived"),
-    ),
+        "sunny rainy windy foggy snowy stormy", "the weather was mostly {} for us",
+        ("almost every single day was rather {}", "it got {} as soon as we arrived")),
     "lodging": Fact(
-        "hotel hostel cabin tent castle boat",
-        "we slept in a small {} near town",
-        ("our home was this tiny {} outside", "somebody had let us use their {}"),
-    ),
+        "hotel hostel cabin tent castle boat", "we slept in a small {} near town",
+        ("our home was this tiny {} outside", "somebody had let us use their {}")),
     "food": Fact(
-        "pizza soup curry fish pasta stew",
-        "for dinner we ate some {} there",
-        ("there was always hot {} to eat", "i could not get enough of their {}"),
-    ),
+        "pizza soup curry fish pasta stew", "for dinner we ate some {} there",
+        ("there was always hot {} to eat", "i could not get enough of their {}")),
     "animal": Fact(
-        "dog cat goat horse parrot fox",
-        "a friendly {} followed us all the time",
-        ("every morning we met the same {}", "some {} kept running after us"),
-    ),
+        "dog cat goat horse parrot fox", "a friendly {} followed us all the time",
+        ("every morning we met the same {}", "some {} kept running after us")),
     "loss": Fact(
-        "camera passport wallet phone umbrella jacket",
-        "i lost my favourite {} on day two",
-        ("somebody must have stolen my new {}", "then my expensive {} was suddenly gone"),
-    ),
+        "camera passport wallet phone umbrella jacket", "i lost my favourite {} on day two",
+        ("somebody must have stolen my new {}", "then my expensive {} was suddenly gone")),
     "cost": Fact(
-        "forty sixty ninety hundred thousand million",
-        "in total i paid {} euros for it",
-        ("it all cost me about {} euros", "i spent {} euros and regret nothing"),
-    ),
+        "forty sixty ninety hundred thousand million", "in total i paid {} euros for it",
+        ("it all cost me about {} euros", "i spent {} euros and regret nothing")),
     "injury": Fact(
-        "knee ankle wrist elbow shoulder toe",
-        "i badly hurt one {} on the stairs",
-        ("my {} still hurts from a fall", "i fell and twisted my {} there"),
-    ),
+        "knee ankle wrist elbow shoulder toe", "i badly hurt one {} on the stairs",
+        ("my {} still hurts from a fall", "i fell and twisted my {} there")),
     "gift": Fact(
-        "mug scarf poster lamp ring clock",
-        "my mother got a nice {} from me",
-        ("i brought home the prettiest {}", "for my parents i bought a {}"),
-    ),
+        "mug scarf poster lamp ring clock", "my mother got a nice {} from me",
+        ("i brought home the prettiest {}", "for my parents i bought a {}")),
 }
+# fmt: on
 TOY_FILLERS = (
     "anyway that is all i wanted to say",
     "so yeah it was really something else",
@@ -1911,15 +1889,7 @@ CODE_WRONG = 0.6  # share of the demonstrations with a mistake
 CODE_TESTS = 3  # unit tests of each problem
 # How often each kind of mistake is made: no return; a number, step or list for another; two steps
 # swapped; one step, or a bracket, left out. The first two are habits, which PPO breaks first.
-CODE_MISTAKES = {
-    "return": 4,
-    "number": 8,
-    "step": 2,
-    "order": 2,
-    "gap": 1,
-    "list": 1,
-    "bracket": 1,
-}
+CODE_MISTAKES = {"return": 4, "number": 8, "step": 2, "order": 2, "gap": 1, "list": 1, "bracket": 1}
 
 
 class Step(NamedTuple):
@@ -1931,44 +1901,25 @@ class Step(NamedTuple):
     mistaken_for: str  # the step that a wrong demonstration has in its place
 
 
+# fmt: off
 CODE_STEPS = {
-    "add": Step(
-        "add {} to each", "x = [v + {} for v in x]", lambda x, k: [v + k for v in x], "subtract"
-    ),
-    "subtract": Step(
-        "subtract {} from each", "x = [v - {} for v in x]", lambda x, k: [v - k for v in x], "add"
-    ),
-    "multiply": Step(
-        "multiply each by {}", "x = [v * {} for v in x]", lambda x, k: [v * k for v in x], "add"
-    ),
-    "above": Step(
-        "keep those above {}",
-        "x = [v for v in x if v > {}]",
-        lambda x, k: [v for v in x if v > k],
-        "below",
-    ),
-    "below": Step(
-        "keep those below {}",
-        "x = [v for v in x if v < {}]",
-        lambda x, k: [v for v in x if v < k],
-        "above",
-    ),
-    "even": Step(
-        "keep the even ones",
-        "x = [v for v in x if v % 2 == 0]",
-        lambda x, k: [v for v in x if not v & 1],
-        "odd",
-    ),
-    "odd": Step(
-        "keep the odd ones",
-        "x = [v for v in x if v % 2 == 1]",
-        lambda x, k: [v for v in x if v & 1],
-        "even",
-    ),
+    "add": Step("add {} to each", "x = [v + {} for v in x]",
+        lambda x, k: [v + k for v in x], "subtract"),
+    "subtract": Step("subtract {} from each", "x = [v - {} for v in x]",
+        lambda x, k: [v - k for v in x], "add"),
+    "multiply": Step("multiply each by {}", "x = [v * {} for v in x]",
+        lambda x, k: [v * k for v in x], "add"),
+    "above": Step("keep those above {}", "x = [v for v in x if v > {}]",
+        lambda x, k: [v for v in x if v > k], "below"),
+    "below": Step("keep those below {}", "x = [v for v in x if v < {}]",
+        lambda x, k: [v for v in x if v < k], "above"),
+    "even": Step("keep the even ones", "x = [v for v in x if v % 2 == 0]",
+        lambda x, k: [v for v in x if not v & 1], "odd"),
+    "odd": Step("keep the odd ones", "x = [v for v in x if v % 2 == 1]",
+        lambda x, k: [v for v in x if v & 1], "even"),
     "up": Step("sort upwards", "x = sorted(x)", lambda x, k: sorted(x), "down"),
-    "down": Step(
-        "sort downwards", "x = sorted(x, reverse=True)", lambda x, k: sorted(x)[::-1], "up"
-    ),
+    "down": Step("sort downwards", "x = sorted(x, reverse=True)",
+        lambda x, k: sorted(x)[::-1], "up"),
     "turn": Step("turn the list round", "x = x[::-1]", lambda x, k: [*reversed(x)], "down"),
     "first": Step("keep the first {}", "x = x[:{}]", lambda x, k: x[: min(k, len(x))], "drop"),
     "drop": Step("drop the first {}", "x = x[{}:]", lambda x, k: x[min(k, len(x)) :], "first"),
@@ -1976,20 +1927,13 @@ CODE_STEPS = {
 CODE_ENDS = {
     "sum": Step("return the sum", "return sum(x)", lambda x, k: sum(x), "count"),
     "count": Step("return the count", "return len(x)", lambda x, k: len(x), "sum"),
-    "largest": Step(
-        "return the largest or 0",
-        "return max(x, default=0)",
-        lambda x, k: sorted(x)[-1] if x else 0,
-        "smallest",
-    ),
-    "smallest": Step(
-        "return the smallest or 0",
-        "return min(x, default=0)",
-        lambda x, k: sorted(x)[0] if x else 0,
-        "largest",
-    ),
+    "largest": Step("return the largest or 0", "return max(x, default=0)",
+        lambda x, k: sorted(x)[-1] if x else 0, "smallest"),
+    "smallest": Step("return the smallest or 0", "return min(x, default=0)",
+        lambda x, k: sorted(x)[0] if x else 0, "largest"),
     "list": Step("return the list", "return x", lambda x, k: x, "count"),
 }
+# fmt: on
 CODE = CODE_STEPS | CODE_ENDS
 
 
