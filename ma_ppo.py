@@ -164,6 +164,7 @@ def train(arm, out, cfg, device):
     prompts = load_prompts(tokenizer, cfg)
     cfg.steps = sft.count_steps(cfg, len(prompts))
     print0(f"PPO, arm {arm}: {len(prompts):,} prompts, {cfg.steps} steps -> {out}")
+    check_sampling(models["policy"], prompts[:2], tokenizer, cfg)
     run = sft.Run(cfg, out, arm, models, optimizers)
     run.begin()  # at step 0, or where an interrupted run was
     settings = asdict(cfg) | {"arm": arm, "ranks": sft.world()}
@@ -634,10 +635,8 @@ def load_models(cfg, device):
     if cfg.task in sft.PROGRAMS:
         others = {"critic": reward.start_model(cfg, device)[0]}
     else:
-        if reward.load_tokenizer(cfg.reward_model).get_vocab() != tokenizer.get_vocab():
-            folders = f"--reward_model {cfg.reward_model} and --sft {cfg.sft}"
-            sft.fail(f"{folders} have different vocabularies")
         critic = reward.ScalarModel.load(cfg.reward_model, place)
+        reward.check_vocabulary(critic, cfg.reward_model, tokenizer)
         others = {"critic": critic, "reward": copy.deepcopy(critic).requires_grad_(False)}
     make_ready(others, cfg, device)
     models |= others
@@ -669,6 +668,34 @@ def load_prompts(tokenizer, cfg):
         known = {name: row[name] for name in ("facts", "problem") if name in row}
         prompts.append({"number": number, "text": row["prompt"], "prompt": ids["prompt"]} | known)
     return prompts
+
+
+@torch.no_grad()
+def check_sampling(policy, prompts, tokenizer, cfg):
+    """Refuse a model that samples from another distribution than the one that is scored.
+
+    `generate` reads keys and values from a cache, and skips padding by position ids. Not every
+    architecture keeps its memory in that way, and one that does not goes wrong in silence. So two
+    prompts get eight tokens each, and the same uniform numbers must lead to the same tokens in a
+    forward pass over the whole text: each must fall into its token's share of the distribution,
+    give or take some rounding.
+    """
+    uniforms = torch.full((len(prompts), min(8, cfg.max_response)), 0.5, dtype=torch.float64)
+    texts = [example["prompt"] for example in prompts]
+    try:
+        responses = generate(policy, texts, uniforms, tokenizer, cfg)
+    except TypeError as error:  # its forward function wants other arguments
+        sft.fail(f"--sft {cfg.sft}: cannot sample from a {type(policy).__name__}: {error}")
+    batch = sft.make_batch(texts, responses, tokenizer.pad_token_id, policy.device)
+    _, every, _ = token_logprobs(policy, batch, cfg)  # [b, t, V]
+    probs = every.double().exp()  # [b, t, V]
+    above = probs.cumsum(-1).gather(-1, batch.responses[..., None]).squeeze(-1)  # [b, t]
+    below = above - probs.gather(-1, batch.responses[..., None]).squeeze(-1)  # [b, t]
+    slack = 0.05 if policy.bf16 else 0.005
+    wrong = (below - slack > 0.5) | (above + slack < 0.5)  # [b, t]
+    if (wrong & batch.mask.bool()).any():
+        name = type(policy).__name__
+        sft.fail(f"--sft {cfg.sft}: a {name} samples other tokens with its cache than without")
 
 
 # Settings that a stage takes over, and, of these, those that shape the tokens that it learns.
@@ -903,8 +930,10 @@ def check_folders(cfg):
         sft.fail(f"--reward_model: unit tests give the reward of --task {cfg.task}")
     if cfg.sft and not (Path(cfg.sft) / "config.json").is_file():
         sft.fail(f"--sft must be a model's folder, got {cfg.sft!r}")
-    if cfg.reward_model and not (Path(cfg.reward_model) / reward.HEAD).is_file():
-        sft.fail(f"--reward_model must be a folder of reward.py, got {cfg.reward_model!r}")
+    ours = (Path(cfg.reward_model) / reward.HEAD).is_file()
+    if cfg.reward_model and not ours and not reward.is_classifier(cfg.reward_model):
+        kinds = "a folder of reward.py, or a sequence classifier with one label"
+        sft.fail(f"--reward_model must be {kinds}, got {cfg.reward_model!r}")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import sft
 from sft import opt, print0
@@ -71,12 +71,25 @@ class Config(sft.Config):
     lr: float = opt(1.5e-3, "peak learning rate; rises linearly, then falls as a cosine")
 
 
+@torch.no_grad()
+def output_width(trunk):
+    """How many numbers the trunk gives for a token; configs tell it in too many ways."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=next(trunk.parameters()).device)
+    return trunk(input_ids=token, use_cache=False).last_hidden_state.shape[-1]
+
+
+def is_classifier(folder):
+    """Whether a folder or hub name holds a sequence classifier of transformers."""
+    config = sft.load_or_fail(AutoConfig.from_pretrained, folder)
+    return any("ForSequenceClassification" in name for name in config.architectures or ())
+
+
 class ScalarModel(nn.Module):
     """A transformer trunk with one number per position: the RM, and later the critic."""
 
     def __init__(self, trunk):
         super().__init__()
-        width = trunk.config.hidden_size
+        width = output_width(trunk)
         self.trunk = trunk
         self.head = nn.Linear(width, 1)
         # Small enough that all first scores are near 0, whatever the trunk puts out.
@@ -109,13 +122,35 @@ class ScalarModel(nn.Module):
 
     @classmethod
     def load(cls, folder, device="cpu"):
-        """The model that `save_pretrained` wrote; of a causal LM its trunk, under a fresh head."""
-        trunk = sft.load_or_fail(AutoModel.from_pretrained, folder, dtype=torch.float32)
-        model = cls(trunk.eval())
+        """The model that `save_pretrained` wrote; of a causal LM its trunk, under a fresh head.
+
+        Nearly all published reward models are AutoModelForSequenceClassification with one label:
+        of these, trunk and head.
+        """
+        if is_classifier(folder):
+            return cls.from_classifier(folder).to(device)
+        model = cls(sft.load_model(AutoModel, folder))
         head = Path(folder) / HEAD
         if head.exists():
             model.head.load_state_dict(load_file(head))
         return model.to(device)
+
+    @classmethod
+    def from_classifier(cls, folder):
+        """The same model as a sequence classifier of transformers that gives one number."""
+        classifier = sft.load_model(AutoModelForSequenceClassification, folder)
+        score = getattr(classifier, "score", None)
+        if not isinstance(score, nn.Linear) or score.out_features != 1:
+            sft.fail(
+                f"{folder}: a reward model is a decoder with one label, read at its last token"
+            )
+        model = cls(classifier.base_model)
+        state = {
+            "weight": score.weight,
+            "bias": torch.zeros(1) if score.bias is None else score.bias,
+        }
+        model.head.load_state_dict(state)
+        return model
 
 
 # Where the score sits. The trunk gives a number at every position, but only one of them has read
@@ -235,6 +270,19 @@ def load_tokenizer(folder):
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         sft.fail(f"{folder}: the tokenizer has no PAD of its own; make the folder with sft.py")
     return tokenizer
+
+
+def check_vocabulary(model, folder, tokenizer):
+    """Refuse an RM that reads other ids than the policy writes; PAD alone may be new to it.
+
+    tokenizer: the policy's.
+    """
+    theirs = sft.load_or_fail(AutoTokenizer.from_pretrained, folder).get_vocab()
+    for token, number in tokenizer.get_vocab().items():
+        if theirs.get(token) != number and number != tokenizer.pad_token_id:
+            sft.fail(f"--reward_model {folder} reads another vocabulary: {token!r} is not {number}")
+    if len(tokenizer) > model.trunk.get_input_embeddings().weight.shape[0]:
+        model.trunk.resize_token_embeddings(len(tokenizer))
 
 
 @torch.no_grad()

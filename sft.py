@@ -31,6 +31,7 @@ import argparse
 import atexit
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -73,6 +74,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as hf_logging
 
 hf_logging.set_verbosity_error()
@@ -134,6 +136,7 @@ class Config:
     keep: int = opt(2, "newest checkpoints that are kept")
     override: bool = opt(False, "resume although settings have changed")
     max_skipped: int = opt(5, "steps in a row whose loss is not finite, after which the run ends")
+    track: str = opt("", "also log to wandb, trackio, swanlab or tensorboard")
     timeout: float = opt(
         600.0, "seconds without an answer after which the other ranks count as lost"
     )
@@ -443,10 +446,11 @@ def train(cfg):
 # on the disk. The manifest finds what disks and people do to it later.
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
+TRACKERS = ("wandb", "trackio", "swanlab", "tensorboard")
 # Settings that may differ when a run goes on: they cannot change its result.
 FREE_SETTINGS = {
     *("out", "device", "micro_batch_size", "resume", "save_every", "keep", "override", "arms"),
-    *("max_skipped", "shard", "timeout", "gradient_checkpointing"),
+    *("max_skipped", "shard", "timeout", "gradient_checkpointing", "track"),
 }
 held_locks = []  # locks on run folders, held until this process ends
 
@@ -509,6 +513,8 @@ class Run:
         self.counters = {"skipped": 0, "in_a_row": 0}  # updates that were not finite
         self.signal = 0  # the number of a signal that asks for an end
         self.bar = None
+        self.track = None  # a function of a row, where --track is given
+        self.end_tracking = None
 
     def begin(self):
         """Go on from the newest complete checkpoint (--resume auto), or start anew.
@@ -528,6 +534,8 @@ class Run:
         else:
             torch.manual_seed(self.cfg.seed)  # whatever this process has done before
             on_rank0(start_folder, self.out)
+        if self.cfg.track and rank() == 0:
+            self.track, self.end_tracking = start_tracking(self.cfg, self.out)
         self.bar = tqdm(
             total=self.cfg.steps,
             initial=self.first,
@@ -557,6 +565,8 @@ class Run:
                     self.end_early(number)
         finally:
             self.bar.close()
+            if self.track:
+                self.end_tracking()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         if self.signal:  # it came while the last checkpoint was being written
@@ -591,6 +601,8 @@ class Run:
         self.bar.set_postfix({show: f"{row[show]:.3f}"}, refresh=False)
         self.bar.update()
         self.append("metrics.jsonl", [row])
+        if self.track:
+            self.track({name: value for name, value in row.items() if value is not None})
         losses = [value for key, value in row.items() if key.endswith("loss")]
         if all(math.isfinite(loss) for loss in losses):
             self.counters["in_a_row"] = 0
@@ -639,6 +651,26 @@ class Run:
             f"cannot {what} in {self.out}: {error}; "
             f"the last complete checkpoint is {last} (--resume auto)"
         )
+
+
+def start_tracking(cfg, out):
+    """Two functions of the tracker --track: one logs a row of metrics, one ends the run.
+
+    wandb, trackio and swanlab share one interface. metrics.jsonl stays the source.
+    """
+    if cfg.track != "tensorboard":
+        tracker = importlib.import_module(cfg.track)
+        tracker.init(project="ma-rlhf", name=str(out), config=asdict(cfg))
+        return tracker.log, tracker.finish
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(out / "tensorboard")
+
+    def log(row):
+        for key, value in row.items():
+            writer.add_scalar(key, value, row["step"])
+
+    return log, writer.close
 
 
 def save_checkpoint(out, training_state, state, keep):
@@ -1159,12 +1191,18 @@ def check(cfg):
     for name, least in at_least.items():
         if not least <= getattr(cfg, name) < math.inf:
             fail(f"--{name} must be {least} or more, got {getattr(cfg, name)}")
-    choices = {"precision": ("auto", "bf16", "fp32"), "resume": ("", "auto")}
+    choices = {
+        "precision": ("auto", "bf16", "fp32"),
+        "resume": ("", "auto"),
+        "track": ("", *TRACKERS),
+    }
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             fail(f"--{name} must be one of {allowed}, got {getattr(cfg, name)!r}")
     if not 0 <= cfg.seed < 2**63:
         fail(f"--seed must be 0 or more and below 2**63, got {cfg.seed}")
+    if cfg.track and importlib.util.find_spec(cfg.track) is None:
+        fail(f"--track {cfg.track} needs: pip install {cfg.track}")
     check_data(cfg)
     check_ranks(cfg)
     check_device(cfg)
@@ -1252,10 +1290,54 @@ def fail_together(message):
 
 def load_or_fail(from_pretrained, path, **options):
     """Call a `from_pretrained`; a failure becomes one line that names the path."""
+    kinds = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
     try:
         return from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        fail(f"cannot load a model from {path}: {str(error).strip().splitlines()[0]}")
+    except kinds as error:  # nothing there, half a download, shapes that differ, a missing package
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        fail(f"cannot load {path}: {reason[0]}")
+
+
+def load_model(auto_class, path):
+    """The transformer at `path`, a folder or hub name, in float32 and eval mode.
+
+    auto_class: transformers' AutoModelForCausalLM, or AutoModel for the trunk alone. A LoRA
+    adapter, beside the model or alone, is merged into the weights, all of which then learn.
+    """
+    adapter = adapter_of(path)
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, report = load_or_fail(auto_class.from_pretrained, path, **options)
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])[0]
+        fail(f"{path} holds no {auto_class.__name__.removeprefix('AutoModelFor')}: no {missing}")
+    if adapter:
+        merge_adapter(model)
+    return model.eval()
+
+
+def adapter_of(path):
+    """The settings of the LoRA adapter at `path`; None where there is none."""
+    found = find_adapter_config_file(path)
+    if not found:
+        return None
+    try:
+        import peft  # noqa: F401 (transformers uses it)
+    except ImportError:
+        fail(f"{path} holds a LoRA adapter, which needs: pip install peft")
+    return read_json(found)
+
+
+def merge_adapter(model):
+    """Add an adapter's weights to those that it adapts, and take it off."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
+    model._hf_peft_config_loaded = False  # or only the adapter would be saved
+    model.requires_grad_(True)
 
 
 def load_causal_lm(path, length=0, device="cpu"):
@@ -1264,12 +1346,14 @@ def load_causal_lm(path, length=0, device="cpu"):
     length: tokens that prompt and response may take together; refused where the model has fewer
     positions.
     """
-    tokenizer = load_or_fail(AutoTokenizer.from_pretrained, path)
-    options = {"dtype": torch.float32, "output_loading_info": True}
-    model, report = load_or_fail(AutoModelForCausalLM.from_pretrained, path, **options)
-    if report["missing_keys"]:
-        fail(f"{path} holds no causal LM: it has no {sorted(report['missing_keys'])[0]}")
-    window = getattr(model.config, "max_position_embeddings", math.inf)
+    model = load_model(AutoModelForCausalLM, path)
+    adapter = adapter_of(path)
+    home = path
+    if adapter and not (Path(path) / "tokenizer_config.json").is_file():
+        home = adapter["base_model_name_or_path"]
+    tokenizer = load_or_fail(AutoTokenizer.from_pretrained, home)
+    config = model.config.get_text_config()
+    window = getattr(config, "max_position_embeddings", None) or math.inf
     if length > window:
         fail(f"--max_prompt and --max_response add up to {length}; {path} has {window} positions")
     if tokenizer.eos_token_id is None:
@@ -1279,7 +1363,7 @@ def load_causal_lm(path, length=0, device="cpu"):
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model.eval().to(device), tokenizer
+    return model.to(device), tokenizer
 
 
 def load_device(cfg, device):
