@@ -80,6 +80,7 @@ You may stop reading at Appendix A.
 """
 
 import copy
+import gc
 import math
 import os
 import shlex
@@ -128,6 +129,13 @@ class Config(sft.Config):
     # Variants of the method.
     sigma: str = opt("equal", "value of a macro action: equal, last, decay or first (paper: equal)")
     macro_reward: str = opt("sum", "reward of a macro action: sum (paper) or mean (reference code)")
+    critic_lam: float | None = opt(None, "lambda of the returns that the critic learns; none: lam")
+    critic_epochs: int | None = opt(None, "the critic's updates per rollout; none: ppo_epochs")
+    critic_steps: int = opt(0, "first steps in which only the critic learns")
+    value_clip: float | None = opt(
+        None, "clipping range of the value, 0 for none; none given: clip"
+    )
+    rloo_k: int = opt(4, "rloo: responses to each prompt, batch_size / rloo_k prompts a step")
     ratio: str = opt("token", "probability ratio per token, or per macro action (paper's formula)")
     # Where models come from, and go to.
     model: str = opt("", "what sft.py starts from, if OUT/sft has to be made")
@@ -141,7 +149,7 @@ class Rollout:
     """What one step knows about its B responses; padding is 0, but for `seg` and `batch`."""
 
     batch: sft.Batch  # tokens [B, P+T], attention [B, P+T], mask [B, T]
-    seeds: list  # B integer lists [seed, step, prompt number]
+    seeds: list  # B integer lists [seed, step, prompt number(, sample)]
     tokens: list  # B responses, lists of token ids without padding
     texts: list  # B responses, decoded
     logprobs: torch.Tensor = None  # [B, T] log pi of the tokens, under the policy that sampled them
@@ -155,12 +163,13 @@ class Rollout:
     seg: torch.Tensor = None  # [B, T] number of the macro action that each token belongs to
     parse_fallback: float = 0.0  # share of sentences or programs that could not be parsed
     advantages: torch.Tensor = None  # [B, T] whitened
-    returns: torch.Tensor = None  # [B, T]
+    returns: torch.Tensor = None  # [B, T] what the critic is taught
+    explained_variance: float = None  # how well it knew them beforehand
 
 
 def train(arm, out, cfg, device):
     """PPO with one kind of macro action: the algorithm, in six steps."""
-    models, optimizers, tokenizer = load_models(cfg, device)
+    models, optimizers, tokenizer = load_models(arm, cfg, device)
     prompts = load_prompts(tokenizer, cfg)
     cfg.steps = sft.count_steps(cfg, len(prompts))
     print0(f"PPO, arm {arm}: {len(prompts):,} prompts, {cfg.steps} steps -> {out}")
@@ -171,7 +180,7 @@ def train(arm, out, cfg, device):
     sft.on_rank0(sft.write_json, out / "config.json", settings)
     for step in run.steps():
         clock = [sft.tick(device)]
-        examples = sft.my_share(sft.batch_rows(prompts, step, cfg.batch_size, cfg.seed))
+        examples = choose_prompts(arm, prompts, step, cfg)  # this rank's share
         # 1. The policy writes a response to each prompt.
         rollout = sample(models["policy"], examples, step, tokenizer, cfg)
         # 2. The four models judge: how likely is each token, what is expected, what is the score?
@@ -197,13 +206,25 @@ def train(arm, out, cfg, device):
 # Step 1. Sampling.
 
 
+def choose_prompts(arm, prompts, step, cfg):
+    """This rank's share of the step's prompts; in `rloo` each comes rloo_k times."""
+    copies = cfg.rloo_k if arm == "rloo" else 1
+    chosen = sft.batch_rows(prompts, step, cfg.batch_size // copies, cfg.seed)
+    examples = [example | {"sample": i} for example in chosen for i in range(copies)]
+    return sft.my_share(examples)
+
+
 def sample(policy, examples, step, tokenizer, cfg):
     """Sample a response to each prompt -> Rollout.
 
-    The noise of a response is a function of (seed, step, prompt number) alone. So a run repeats
-    itself exactly, on any number of ranks, and all arms meet the same luck.
+    The noise of a response is a function of (seed, step, prompt number) alone, and in `rloo` of
+    which of the prompt's samples it is. So a run repeats itself exactly, on any number of ranks,
+    and all arms meet the same luck.
     """
-    seeds = [[cfg.seed, step, example["number"]] for example in examples]
+    seeds = []
+    for example in examples:
+        copy_number = [example["sample"]] if example["sample"] else []
+        seeds.append([cfg.seed, step, example["number"], *copy_number])
     uniforms = np.array([np.random.default_rng(seed).random(cfg.max_response) for seed in seeds])
     uniforms = torch.tensor(uniforms)  # [B, max_response]
     prompts = [example["prompt"] for example in examples]
@@ -322,9 +343,11 @@ def judge(rollout, models, examples, tokenizer, cfg):
         columns["logprobs"].append(logprobs)
         columns["ref_logprobs"].append(ref_logprobs)
         columns["entropy"].append(torch.special.entr(every.exp()).sum(-1) * batch.mask)
-        columns["values"].append(state_values(models["critic"], batch) * batch.mask)
+        if "critic" in models:  # rloo has none
+            columns["values"].append(state_values(models["critic"], batch) * batch.mask)
     for name, parts in columns.items():
-        setattr(rollout, name, torch.cat(parts))  # [B, T]
+        if parts:
+            setattr(rollout, name, torch.cat(parts))  # [B, T]
     score(rollout, models, examples, tokenizer, cfg)
 
 
@@ -383,7 +406,7 @@ def ended(batch, tokenizer):
 def cut(arm, rollout, tokenizer, cfg):
     """Mark where macro actions begin (chapter 3), and number them.
 
-    `control` is no termination: it has the tokens of `token`, and a longer horizon in step 5.
+    `control` and `rloo` are no terminations: they differ from `token` in step 5 only.
     """
     responses = segment.Responses(
         mask=rollout.batch.mask,
@@ -393,7 +416,7 @@ def cut(arm, rollout, tokenizer, cfg):
         seeds=[np.random.SeedSequence(seed).generate_state(1)[0] for seed in rollout.seeds],
         n=cfg.n,
     )
-    termination = "token" if arm == "control" else arm
+    termination = "token" if arm in ("control", "rloo") else arm
     rollout.starts, rollout.parse_fallback = segment.macro_starts(termination, responses)
     rollout.seg = segment.segment_ids(rollout.starts, rollout.batch.mask)  # [B, T]
 
@@ -483,16 +506,59 @@ def assign_credit(arm, rollout, rewards, cfg):
 
     rewards: [B, T]. The returns come first: they stay in units of reward, for the critic.
     """
-    mask, values = rollout.batch.mask, rollout.values  # [B, T]
-    if arm in ("token", "control"):
-        # control: the horizon of macro actions of n tokens, without macro actions
-        lam = cfg.lam ** (1 / cfg.n) if arm == "control" else cfg.lam
-        advantages, rollout.returns = token_gae(rewards, values, mask, cfg.gamma, lam)
+    mask = rollout.batch.mask  # [B, T]
+    if arm == "rloo":
+        advantages = rloo_advantages(rollout, cfg)  # [B, T]
     else:
-        advantages, rollout.returns = macro_gae(
-            rewards, values, mask, rollout.seg, cfg.gamma, cfg.lam, cfg.sigma, cfg.macro_reward
-        )
+        rollout.explained_variance = explained_variance(rewards, rollout.values, mask)
+        advantages, rollout.returns = estimate(arm, rollout, rewards, cfg.lam, cfg)  # [B, T]
+        if cfg.critic_lam is not None:  # the critic may be taught with a lambda of its own
+            _, rollout.returns = estimate(arm, rollout, rewards, cfg.critic_lam, cfg)
     rollout.advantages = whiten(advantages, mask)  # [B, T]
+
+
+def estimate(arm, rollout, rewards, lam, cfg):
+    """Advantages and returns of `token_gae` or `macro_gae`, whichever the arm uses.  [B, T] each"""
+    mask, values = rollout.batch.mask, rollout.values  # [B, T]
+    if arm == "token":
+        return token_gae(rewards, values, mask, cfg.gamma, lam)
+    if arm == "control":  # the horizon of macro actions of n tokens, without macro actions
+        return token_gae(rewards, values, mask, cfg.gamma, lam ** (1 / cfg.n))
+    seg = rollout.seg  # [B, T]
+    return macro_gae(rewards, values, mask, seg, cfg.gamma, lam, cfg.sigma, cfg.macro_reward)
+
+
+def rloo_advantages(rollout, cfg):
+    """PPO without a critic: a response is compared with the other samples of its prompt.  -> [B, T]
+
+    Leave-one-out (Ahmadian et al., 2024): Q_i is the total reward of response i, and every token of
+    it gets A_i = Q_i - mean of the other Q_j. The baseline depends on no action of response i.
+
+    >>> rollout = Rollout(sft.Batch(None, None, torch.ones(2, 1)), [], [], [])
+    >>> rollout.scores = torch.tensor([1.0, 4.0])
+    >>> rollout.logprobs, rollout.ref_logprobs = torch.zeros(2, 1), torch.zeros(2, 1)
+    >>> rloo_advantages(rollout, Config(rloo_k=2)).tolist()
+    [[-3.0], [3.0]]
+    """
+    kl = (rollout.logprobs - rollout.ref_logprobs).sum(1)  # [B]
+    total = rollout.scores - cfg.beta * kl  # [B]
+    everyone = torch.tensor(sft.gather(total.tolist())).view(-1, cfg.rloo_k)  # [prompts, k]
+    others = (everyone.sum(1, keepdim=True) - everyone) / (cfg.rloo_k - 1)  # [prompts, k]
+    mine = sft.my_share((everyone - others).flatten()).to(total.device)  # [B]
+    return mine[:, None] * rollout.batch.mask  # [B, T]
+
+
+def explained_variance(rewards, values, mask):
+    """How much of the differences between returns the critic knows beforehand.  [B, T] each
+
+    1 - Var(G - V) / Var(G) over the real tokens of all ranks, G the sum of the rewards that really
+    came. 1: it knows all; 0: no more than their mean; below 0: it would better say nothing.
+    """
+    G = discounted_sum(torch.where(mask.bool(), rewards, 0), 1.0)  # [B, T]
+    error = G - values  # [B, T]
+    unknown = masked_mean((error - masked_mean(error, mask)) ** 2, mask)
+    total = masked_mean((G - masked_mean(G, mask)) ** 2, mask)
+    return 1 - unknown / total if total > 0 else 0.0
 
 
 def whiten(x, mask):
@@ -547,20 +613,24 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
 
 
 def improve(rollout, models, optimizers, step, cfg):
-    """Update policy and critic, ppo_epochs times on the whole rollout; returns {metric: number}."""
+    """Update policy and critic on the whole rollout; returns {metric: number}."""
     token_count = float(sft.all_sum(rollout.batch.mask.sum().cpu()))
-    lr = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
-    policy_total, value_total, ratio_stats = 0.0, 0.0, []
-    for epoch in range(cfg.ppo_epochs):
+    learning = step - cfg.critic_steps  # steps since the policy began to learn
+    lr = cfg.lr * min(1.0, (learning + 1) / max(1, cfg.warmup))
+    policy_totals, value_totals, ratio_stats = [], [], []
+    for epoch in range(cfg.ppo_epochs if learning >= 0 else 0):
         seen = []  # what the ratios of this epoch's micro-batches were
         losses = policy_losses(rollout, models["policy"], token_count, cfg, seen)
-        policy_total += sft.update(models["policy"], optimizers["policy"], losses, lr)
-        losses = value_losses(rollout, models["critic"], token_count, cfg)
-        value_total += sft.update(models["critic"], optimizers["critic"], losses, cfg.critic_lr)
+        policy_totals.append(sft.update(models["policy"], optimizers["policy"], losses, lr))
         ratio_stats += [stats | {"epoch": epoch} for stats in seen]
+    critic_epochs = cfg.ppo_epochs if cfg.critic_epochs is None else cfg.critic_epochs
+    for _ in range(critic_epochs if "critic" in models else 0):
+        losses = value_losses(rollout, models["critic"], token_count, cfg)
+        total = sft.update(models["critic"], optimizers["critic"], losses, cfg.critic_lr)
+        value_totals.append(total)
     return {
-        "policy_loss": policy_total / cfg.ppo_epochs,
-        "value_loss": value_total / cfg.ppo_epochs,
+        "policy_loss": sum(policy_totals) / len(policy_totals) if policy_totals else None,
+        "value_loss": sum(value_totals) / len(value_totals) if value_totals else None,
     } | ratio_metrics(ratio_stats)
 
 
@@ -592,7 +662,8 @@ def value_losses(rollout, critic, token_count, cfg):
         batch = rollout.batch.rows(part)
         values = state_values(critic, batch)  # [b, T]
         old, returns = rollout.values[part], rollout.returns[part]  # [b, T]
-        loss = value_loss(values, old, returns, batch.mask, cfg.clip)
+        clip = cfg.clip if cfg.value_clip is None else cfg.value_clip
+        loss = value_loss(values, old, returns, batch.mask, clip or math.inf)
         return loss * batch.mask.sum() / token_count
 
     parts = sft.micro_slices(len(rollout.texts), cfg.micro_batch_size)
@@ -620,27 +691,31 @@ def main(argv=None):
 # missing, the earlier chapters are run for it, so that one command goes from nothing to a picture.
 
 
-def load_models(cfg, device):
+def load_models(arm, cfg, device):
     """Policy and reference start from the SFT model, critic and RM from the RM.
 
     The critic starts from the RM because what is expected of a response is close to what it will
     be scored. Programs have no RM: there the critic is the SFT model's trunk under a fresh head.
+    `rloo` has no critic.
     Returns ({name: model}, {name: optimizer} of the two that learn, tokenizer).
     """
     place = sft.load_device(cfg, device)
     length = cfg.max_prompt + cfg.max_response
+    gc.collect()  # what is left of an arm or stage before would take a GPU's memory from this one
     policy, tokenizer = sft.load_causal_lm(cfg.sft, length, place)
     models = {"policy": policy, "reference": copy.deepcopy(policy).requires_grad_(False)}
     make_ready(models, cfg, device)  # with --shard the CPU holds two models at a time, not four
-    if cfg.task in sft.PROGRAMS:
-        others = {"critic": reward.start_model(cfg, device)[0]}
-    else:
-        critic = reward.ScalarModel.load(cfg.reward_model, place)
-        reward.check_vocabulary(critic, cfg.reward_model, tokenizer)
-        others = {"critic": critic, "reward": copy.deepcopy(critic).requires_grad_(False)}
+    others = {}
+    if cfg.task not in sft.PROGRAMS:
+        rm = reward.ScalarModel.load(cfg.reward_model, place)
+        reward.check_vocabulary(rm, cfg.reward_model, tokenizer)
+        others["reward"] = copy.deepcopy(rm).requires_grad_(False)
+    if arm != "rloo":
+        others["critic"] = reward.start_model(cfg, device)[0] if cfg.task in sft.PROGRAMS else rm
     make_ready(others, cfg, device)
     models |= others
-    optimizers = {name: sft.make_optimizer(models[name]) for name in ("policy", "critic")}
+    learning = [name for name in ("policy", "critic") if name in models]
+    optimizers = {name: sft.make_optimizer(models[name]) for name in learning}
     return models, optimizers, tokenizer
 
 
@@ -817,6 +892,7 @@ def summary(rollout, tokenizer):
         "macro_length": mean["length"] / mean["macro_actions"],
         "parse_fallback": float(sft.all_sum(rollout.parse_fallback)) / sft.world(),
         "entropy": mean["entropy"] / mean["length"],
+        "explained_variance": rollout.explained_variance,
     }
 
 
@@ -832,6 +908,8 @@ def describe_ratios(ratio, clip):
 
 def ratio_metrics(ratio_stats):
     """The share of ratios outside the clip; of the first epoch's, the one farthest from 1."""
+    if not ratio_stats:  # only the critic has learned
+        return {"clip_fraction": None, "ratio_first": None}
     outside = float(sft.all_sum(sum(stats["outside"] for stats in ratio_stats)))
     count = float(sft.all_sum(sum(stats["count"] for stats in ratio_stats)))
     extremes = []
@@ -857,7 +935,8 @@ def sample_rows(step, rollout, examples, tokenizer):
             "pieces": [text[start:end] for start, end in offsets],
         }
         for name in ("seg", "values", "advantages", "returns"):
-            row[name] = getattr(rollout, name)[i, : len(tokens)].tolist()  # [length]
+            column = getattr(rollout, name)  # [B, T]; rloo has no values and returns
+            row[name] = [0.0] * len(tokens) if column is None else column[i, : len(tokens)].tolist()
         rows.append(row)
     return rows
 
@@ -879,18 +958,19 @@ def parse(argv):
 
 def check_numbers(cfg):
     """Refuse numbers out of range."""
-    for name in ("n", "ppo_epochs"):
-        if getattr(cfg, name) < 1:
-            sft.fail(f"--{name} must be at least 1, got {getattr(cfg, name)}")
     for name in ("clip", "temperature", "critic_lr", "top_p"):
         if not 0 < getattr(cfg, name) < math.inf:
             sft.fail(f"--{name} must be positive, got {getattr(cfg, name)}")
-    for name in ("gamma", "lam", "beta", "top_k"):
-        if not 0 <= getattr(cfg, name) < math.inf:
-            sft.fail(f"--{name} must be 0 or more, got {getattr(cfg, name)}")
-    for name in ("gamma", "lam", "top_p"):
-        if getattr(cfg, name) > 1:
-            sft.fail(f"--{name} must be at most 1, got {getattr(cfg, name)}")
+    at_least = {"n": 1, "ppo_epochs": 1, "critic_epochs": 1, "critic_steps": 0, "value_clip": 0}
+    at_least |= {"gamma": 0, "lam": 0, "critic_lam": 0, "beta": 0, "top_k": 0}
+    for name, least in at_least.items():
+        value = getattr(cfg, name)
+        if value is not None and not least <= value < math.inf:
+            sft.fail(f"--{name} must be {least} or more, got {value}")
+    for name in ("gamma", "lam", "critic_lam", "top_p"):
+        value = getattr(cfg, name)
+        if value is not None and value > 1:
+            sft.fail(f"--{name} must be at most 1, got {value}")
     if not math.isfinite(cfg.no_eos_score):
         sft.fail(f"--no_eos_score must be a finite number, got {cfg.no_eos_score}")
 
@@ -909,7 +989,7 @@ def check_choices(cfg):
 
 def check_arms(cfg):
     """Refuse arms that are unknown, named twice, or cannot run here."""
-    known = [*segment.TERMINATIONS, "control"]
+    known = [*segment.TERMINATIONS, "control", "rloo"]
     for arm in cfg.arms:
         if arm not in known:
             sft.fail(f"--arms must be among {', '.join(known)}, got {arm!r}")
@@ -917,6 +997,8 @@ def check_arms(cfg):
         sft.fail(f"--arms must be different from each other, got {cfg.arms}")
     if "control" in cfg.arms and cfg.gamma != 1:
         sft.fail(f"control has the horizon of fixed at --gamma 1 only, got {cfg.gamma}")
+    if "rloo" in cfg.arms and (cfg.rloo_k < 2 or cfg.batch_size % cfg.rloo_k):
+        sft.fail(f"--rloo_k must be at least 2 and divide --batch_size, got {cfg.rloo_k}")
     if "parsing" in cfg.arms:
         try:
             segment.spacy_parser()

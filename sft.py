@@ -604,7 +604,7 @@ class Run:
         if self.track:
             self.track({name: value for name, value in row.items() if value is not None})
         losses = [value for key, value in row.items() if key.endswith("loss")]
-        if all(math.isfinite(loss) for loss in losses):
+        if all(loss is None or math.isfinite(loss) for loss in losses):
             self.counters["in_a_row"] = 0
             return
         self.counters["skipped"] += 1
