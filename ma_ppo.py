@@ -114,6 +114,7 @@ class Config(sft.Config):
     steps: int = opt(60, "PPO steps: one rollout of the whole batch, then ppo_epochs updates")
     batch_size: int = opt(64, "responses per step, over all ranks (paper: 256)")
     micro_batch_size: int = opt(64, "responses per forward pass and rank: memory, not the result")
+    sample_batch_size: int = opt(0, "responses sampled at once by a rank; 0: all of its share")
     lr: float = opt(5e-4, "learning rate of the policy, constant after the warm-up")
     critic_lr: float = opt(1e-3, "learning rate of the critic")
     warmup: int = opt(10, "steps in which the policy's rate rises; the critic learns at once")
@@ -159,6 +160,7 @@ class Rollout:
     scores: torch.Tensor = None  # [B] RM score, or that of the unit tests, or no_eos_score
     gold: list = None  # B gold scores, None where the task has none
     passed: torch.Tensor = None  # [B] whether all unit tests passed, None where there are none
+    parts: list = None  # the batch in micro-batches: (row numbers [b], Batch)
     starts: torch.Tensor = None  # [B, T] True where a macro action begins
     seg: torch.Tensor = None  # [B, T] number of the macro action that each token belongs to
     parse_fallback: float = 0.0  # share of sentences or programs that could not be parsed
@@ -183,6 +185,7 @@ def train(arm, out, cfg, device):
         examples = choose_prompts(arm, prompts, step, cfg)  # this rank's share
         # 1. The policy writes a response to each prompt.
         rollout = sample(models["policy"], examples, step, tokenizer, cfg)
+        clock.append(sft.tick(device))
         # 2. The four models judge: how likely is each token, what is expected, what is the score?
         judge(rollout, models, examples, tokenizer, cfg)
         clock.append(sft.tick(device))
@@ -228,9 +231,16 @@ def sample(policy, examples, step, tokenizer, cfg):
     uniforms = np.array([np.random.default_rng(seed).random(cfg.max_response) for seed in seeds])
     uniforms = torch.tensor(uniforms)  # [B, max_response]
     prompts = [example["prompt"] for example in examples]
-    responses = []
-    for part in sft.micro_slices(len(prompts), cfg.micro_batch_size):
-        responses += generate(policy, prompts[part], uniforms[part], tokenizer, cfg)
+    responses = [None] * len(prompts)
+    # Writing a token takes a GPU equally long for 8 rows as for 256, so all are sampled at once, or
+    # as many as the cache has room for; those of similar length together, to have less padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for part in sft.micro_slices(len(order), cfg.sample_batch_size or len(order)):
+        rows = order[part]
+        chosen = [prompts[i] for i in rows]
+        written = generate(policy, chosen, uniforms[rows], tokenizer, cfg)
+        for i, response in zip(rows, written, strict=True):
+            responses[i] = response
     batch = sft.make_batch(prompts, responses, tokenizer.pad_token_id, policy.device)
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     return Rollout(batch, seeds, responses, texts)
@@ -333,22 +343,47 @@ def draw(logprobs, uniforms):
 @torch.no_grad()
 def judge(rollout, models, examples, tokenizer, cfg):
     """Ask policy and reference for log-probabilities, the critic for values, the RM for scores."""
-    columns = {"logprobs": [], "ref_logprobs": [], "entropy": [], "values": []}
-    for part in sft.micro_slices(len(examples), cfg.micro_batch_size):
-        batch = rollout.batch.rows(part)
-        logprobs, every, keep = token_logprobs(models["policy"], batch, cfg)
+    rollout.parts = micro_batches(rollout.batch, cfg.micro_batch_size)
+    blank = torch.zeros(rollout.batch.mask.shape, device=rollout.batch.mask.device)  # [B, T]
+    for name in ("logprobs", "ref_logprobs", "entropy", "values"):
+        setattr(rollout, name, blank.clone())
+    for rows, batch in rollout.parts:
+        T = batch.mask.shape[1]  # of this part: b rows of similar length
+        logprobs, every, keep = token_logprobs(models["policy"], batch, cfg)  # [b, T]
         # The reference is asked about the same allowed tokens: else one that only the policy
         # allows would cost infinite KL.
-        ref_logprobs, _, _ = token_logprobs(models["reference"], batch, cfg, keep)
-        columns["logprobs"].append(logprobs)
-        columns["ref_logprobs"].append(ref_logprobs)
-        columns["entropy"].append(torch.special.entr(every.exp()).sum(-1) * batch.mask)
+        ref_logprobs, _, _ = token_logprobs(models["reference"], batch, cfg, keep)  # [b, T]
+        rollout.logprobs[rows, :T] = logprobs
+        rollout.ref_logprobs[rows, :T] = ref_logprobs
+        rollout.entropy[rows, :T] = torch.special.entr(every.exp()).sum(-1) * batch.mask
         if "critic" in models:  # rloo has none
-            columns["values"].append(state_values(models["critic"], batch) * batch.mask)
-    for name, parts in columns.items():
-        if parts:
-            setattr(rollout, name, torch.cat(parts))  # [B, T]
+            rollout.values[rows, :T] = state_values(models["critic"], batch) * batch.mask
     score(rollout, models, examples, tokenizer, cfg)
+
+
+def micro_batches(batch, size):
+    """A batch in parts of at most `size` rows: a list of (row numbers LongTensor [b], Batch).
+
+    Rows of similar length are together, and the columns in which all of them have padding are cut
+    off: they would be computed, and thrown away.
+    """
+    count, T = batch.mask.shape
+    P = batch.attention.shape[1] - T
+    if count <= size:
+        return [(torch.arange(count, device=batch.mask.device), batch)]
+    prompts = batch.attention[:, :P].sum(1).tolist()  # lengths in tokens
+    responses = batch.mask.sum(1).tolist()
+    order = sorted(range(count), key=lambda i: prompts[i] + responses[i])
+    parts = []
+    for part in sft.micro_slices(count, size):
+        rows = order[part]
+        left = P - max(prompts[i] for i in rows)
+        right = max(responses[i] for i in rows)
+        rows = torch.tensor(rows, device=batch.mask.device)  # [b]
+        tokens = batch.tokens[rows, left : P + right]  # [b, columns]
+        attention = batch.attention[rows, left : P + right]  # [b, columns]
+        parts.append((rows, sft.Batch(tokens, attention, batch.mask[rows, :right])))
+    return parts
 
 
 def token_logprobs(model, batch, cfg, keep=None):
@@ -385,10 +420,9 @@ def score(rollout, models, examples, tokenizer, cfg):
         scores = scores.to(stopped.device)
         rollout.passed = (scores == 1) & stopped  # [B]
     else:
-        scores = []
-        for part in sft.micro_slices(len(examples), cfg.micro_batch_size):
-            scores.append(reward.last_token_scores(models["reward"], rollout.batch.rows(part)))
-        scores = torch.cat(scores)  # [B]
+        scores = torch.zeros(len(examples), device=stopped.device)  # [B]
+        for rows, batch in micro_batches(rollout.batch, cfg.micro_batch_size):
+            scores[rows] = reward.last_token_scores(models["reward"], batch)
     rollout.scores = torch.where(stopped, scores, cfg.no_eos_score)  # [B]
     if cfg.task == "toy":
         pairs = zip(examples, rollout.texts, strict=True)
@@ -640,34 +674,33 @@ def policy_losses(rollout, policy, token_count, cfg, seen):
     Each appends a dict about its ratios to the list `seen`.
     """
 
-    def one_loss(part):
-        batch = rollout.batch.rows(part)
-        old, advantages = rollout.logprobs[part], rollout.advantages[part]  # [b, T]
-        seg = rollout.seg[part] if cfg.ratio == "macro" else None  # [b, T]
+    def one_loss(rows, batch):
+        T = batch.mask.shape[1]
+        old = rollout.logprobs[rows, :T]  # [b, T]
+        advantages = rollout.advantages[rows, :T]  # [b, T]
+        seg = rollout.seg[rows, :T] if cfg.ratio == "macro" else None  # [b, T]
         logprobs, _, _ = token_logprobs(policy, batch, cfg)  # [b, T]
         ratio = ratios(logprobs.detach(), old, batch.mask, seg)  # [b, T]
-        counted = batch.mask if seg is None else rollout.starts[part]  # one per macro action
+        counted = batch.mask if seg is None else rollout.starts[rows, :T]  # one per macro action
         seen.append(describe_ratios(ratio[counted.bool()], cfg.clip))
         loss = policy_loss(logprobs, old, advantages, batch.mask, cfg.clip, seg)
         return loss * batch.mask.sum() / token_count
 
-    parts = sft.micro_slices(len(rollout.texts), cfg.micro_batch_size)
-    return [partial(one_loss, part) for part in parts]
+    return [partial(one_loss, rows, batch) for rows, batch in rollout.parts]
 
 
 def value_losses(rollout, critic, token_count, cfg):
     """A function for each micro-batch that computes its share of the value loss."""
 
-    def one_loss(part):
-        batch = rollout.batch.rows(part)
+    def one_loss(rows, batch):
+        T = batch.mask.shape[1]
         values = state_values(critic, batch)  # [b, T]
-        old, returns = rollout.values[part], rollout.returns[part]  # [b, T]
+        old, returns = rollout.values[rows, :T], rollout.returns[rows, :T]  # [b, T]
         clip = cfg.clip if cfg.value_clip is None else cfg.value_clip
         loss = value_loss(values, old, returns, batch.mask, clip or math.inf)
         return loss * batch.mask.sum() / token_count
 
-    parts = sft.micro_slices(len(rollout.texts), cfg.micro_batch_size)
-    return [partial(one_loss, part) for part in parts]
+    return [partial(one_loss, rows, batch) for rows, batch in rollout.parts]
 
 
 def main(argv=None):
@@ -849,12 +882,14 @@ def draw_curves(folders, cfg):
 # has four responses of every tenth step, token by token with their credit. results/README.md
 # defines every measure.
 
-PHASES = ("rollout", "credit", "update")
+PHASES = ("sample", "judge", "credit", "update")
 
 
 def log(run, step, rollout, examples, losses, clock, tokenizer):
     """Write this step's metrics, and now and then some responses."""
-    row = {"step": step} | summary(rollout, tokenizer) | losses | sft.timings(clock, PHASES)
+    seconds = sft.timings(clock, PHASES)
+    row = {"step": step} | summary(rollout, tokenizer) | losses | seconds
+    row |= speeds(rollout, seconds, run.cfg)
     run.log(row, "rm_score", rollout.tokens)
     if step % 10 == 0 or step == run.cfg.steps - 1:
         run.append("samples.jsonl", sample_rows(step, rollout, examples, tokenizer))
@@ -893,6 +928,17 @@ def summary(rollout, tokenizer):
         "parse_fallback": float(sft.all_sum(rollout.parse_fallback)) / sft.world(),
         "entropy": mean["entropy"] / mean["length"],
         "explained_variance": rollout.explained_variance,
+    }
+
+
+def speeds(rollout, seconds, cfg):
+    """Tokens per second of all ranks: sampled ones, judged ones and those learned from."""
+    sampled = float(sft.all_sum(rollout.batch.mask.sum().cpu()))
+    read = float(sft.all_sum(rollout.batch.attention.sum().cpu()))  # with the prompts
+    return {
+        "tokens_per_second_sample": sampled / seconds["seconds_sample"],
+        "tokens_per_second_judge": read / seconds["seconds_judge"],
+        "tokens_per_second_update": read * cfg.ppo_epochs / seconds["seconds_update"],
     }
 
 
