@@ -1,31 +1,44 @@
 """Chapter 5: evaluation, or what the runs show.
 
-A run of chapter 4 leaves `metrics.jsonl`, a line per step, and its final policy, measured here on held-out
-prompts. The paper's claim is about speed, so the measure is *steps to parity*: smooth scores over 5 steps; a
-target is the first run's start + a share of its gain; divide a run's first step there by the first run's.
+A run of chapter 4 leaves two things: `metrics.jsonl`, one line a PPO step, and its final policy.
+This chapter reads the first and draws samples from the second, on prompts that training never saw.
 
-    python eval.py report runs/toy                           # all that follows, in runs/toy/report.md
-    python eval.py curves --run runs/toy --png curves.png    # seeds: --run runs/seed0 runs/seed1 runs/seed2
-    python eval.py score --run runs/toy-code --sft           # held-out pass rates, of the SFT model too
-    python eval.py duel --a runs/toy/fixed --b runs/toy/token --judge rm gold   # bestofn, frontier, …
+The paper's claim is about speed. So the measure is *steps to parity*: a target on the way of the
+baseline's score, and how soon another run gets there:
+
+    target = start + share * (end - start)                    of the baseline, the first run named
+    parity = steps of this run to the target / steps of the baseline to it        0.5: twice as fast
+
+    python eval.py report runs/toy                            # all that follows: runs/toy/report.md
+    python eval.py curves --run runs/toy --png curves.png     # while training runs, too
+    python eval.py seeds --run runs/seed* --arms token fixed control
+    python eval.py heatmap --run runs/toy/token runs/toy/fixed --png heatmap.png
+    python eval.py score --run runs/toy-code --sft            # held-out pass rates; Appendix A
+    python eval.py duel --a runs/toy/fixed --b runs/toy/token --judge rm gold         # Appendix B
+
+The story: metrics, smoothing, steps to parity, the measures of a run, learning curves, several
+seeds, the credit heatmap, `main`. You may stop reading there.
+Appendix A: samples on held-out prompts (score, bestofn, passk). B: judges and duels.
+C: the frontier of score and KL; the report. D: drawing. E: the command line.
 """
 
+import inspect
 import json
 import math
 import os
 import re
-import time
-import urllib.request
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import combinations, groupby, product
+from itertools import combinations, groupby
 from pathlib import Path
 from statistics import fmean, median, stdev
+from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
-from matplotlib import colormaps, figure, patches
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -34,54 +47,46 @@ import reward
 import sft
 from sft import fail, opt
 
-SMOOTHING, RESAMPLES, ROUGE = 5, 2000, ["rouge1", "rouge2", "rougeL"]  # steps; of the bootstrap; kinds
-CREDIT = {"step", "pieces", "seg", "values", "advantages", "returns"}
+SMOOTHING = 5  # steps; one step's score is the mean of a batch and jumps about
 SCORES = {"rm_score": "RM score", "gold_score": "gold score"}
-FIGURES = ["RM score", "gold score", "gold gain (SD)", "KL", "EOS rate", "RM 50 %", "RM 90 %", "gold 50 %",
-           "gold 90 %", "s/step", "RM area", "gold area", "pass rate"]  # fmt: skip
+PANELS = {  # what `curves` shows beside the scores: a panel for each that all runs have
+    "pass_rate": "pass rate",
+    "kl": "KL to reference, nats",
+    "response_length": "length, tokens",
+}
 
 
-def bootstrap(values, statistic=np.mean):
-    """A statistic and its percentile 95 % interval -> (value, low, high).  Of few values it is too narrow."""
-    if not len(values):
-        return (None,)
-    values = np.asarray(values, dtype=float)  # [N]
-    picks = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))  # [RESAMPLES, N]
-    found, edge = np.sort(statistic(values[picks], axis=1)), RESAMPLES // 40  # [RESAMPLES]
-    return float(statistic(values, axis=0)), float(found[edge]), float(found[-edge - 1])
+# Metrics. A run is a list of rows, one dict a PPO step; a metric is a column of it.
 
 
-def pass_at_k(n, c, k):
-    """Probability that one of k samples passes, from n of which c did: unbiased (Chen et al., 2021)."""
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass@{k} with {c} of {n} passing: needs 0 <= c <= n and 1 <= k <= n")
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
+def read_rows(path, keys=()):
+    """The rows of a .jsonl file, a dict each; [] where there is no such file.
+
+    keys: what every row must have. A file of anything else is an error.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+        # The last piece has no line break behind it: it is empty, or being written at this moment.
+        rows = [json.loads(line.decode()) for line in lines[:-1]]
+    except (OSError, ValueError, RecursionError) as error:
+        fail(f"{path} cannot be read: {error}")
+    for row in rows:
+        if not isinstance(row, dict) or not set(keys) <= row.keys():
+            fail(f"{path}: lines of something else in it, expected {', '.join(sorted(keys))}")
+    return rows
 
 
-def best_of_n(scores, worths, n):
-    """Expected worth of the highest-scored of n samples, over all n-subsets; the last one of equals."""
-    order = enumerate(sorted(range(len(scores)), key=scores.__getitem__))
-    return sum(worths[i] * math.comb(below, n - 1) for below, i in order) / math.comb(len(scores), n)
-
-
-def agreement(ours, theirs):
-    """Two judges' verdicts -> (pairs that both judged, share of equal verdicts, Cohen's kappa or None)."""
-    both = [(x, y) for x, y in zip(ours, theirs, strict=True) if "unparsable" not in (x, y)]
-    if not both:
-        return 0, None, None
-    (left, right), equal = zip(*both, strict=True), fmean(x == y for x, y in both)
-    chance = sum(left.count(v) * right.count(v) for v in {*left}) / len(both) ** 2
-    return len(both), equal, (equal - chance) / (1 - chance) if chance < 1 else None
-
-
-def cell(x, low=None, high=None):
-    """A number, with its interval if there is one, as text."""
-    return "–" if x is None else f"{x:.2f}" if low is None else f"{x:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def table(heads, rows):
-    """The lines of a Markdown table."""
-    return ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)]
+def read_metrics(folder):
+    """The rows of a PPO run, one a step."""
+    path = Path(folder) / "metrics.jsonl"
+    rows = read_rows(path, {"rm_score", "kl", "seconds"})
+    if not rows:
+        fail(f"{path}: no PPO run there")
+    for key in USED:
+        # null is fine: the task does not have the metric, or the number was not finite.
+        if not all(isinstance(row.get(key), int | float | None) for row in rows):
+            fail(f"{path}: {key} is not a number")
+    return rows
 
 
 def column(rows, key):
@@ -91,97 +96,216 @@ def column(rows, key):
 
 
 def smooth(values, width=SMOOTHING):
-    """Mean over the last `width` steps, fewer at the beginning."""
-    return [fmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
+    """Mean over the last `width` steps, fewer at the beginning.  It never looks ahead.
+
+    >>> smooth([0, 0, 0, 10, 10])
+    [0.0, 0.0, 0.0, 2.5, 4.0]
+    """
+    means = []
+    for i in range(len(values)):
+        # Not a centred mean: that would know the future, and let a run arrive before it has.
+        first = max(0, i + 1 - width)
+        means.append(fmean(values[first : i + 1]))
+    return means
+
+
+# Steps to parity.
+
+
+def first_step(values, target):
+    """The first step at which the values are at `target` or above; None if they never are."""
+    for step, value in enumerate(values):
+        if value >= target:
+            return step
+    return None
 
 
 def parity(baseline, values, share):
-    """Steps of `values` to the baseline's start + share of its gain, over its own; None if there are none."""
-    start, end = baseline[0], smooth(baseline)[-1]
+    """Steps that `values` need to a target, over those that `baseline` itself needs.
+
+    The target: the baseline's start + `share` of its gain. The baseline below rises from 0 to 10
+    at step 5, the other run at step 2. Smoothed over five steps:
+
+        step        0    1    2    3    4    5    6    7    8    9
+        baseline    0    0    0    0    0    2    4    6    8   10     5 is passed at step 7
+        other run   0    0  3.3    5    6    8   10   10   10   10     5 is reached at step 3
+
+    >>> baseline, other = [0] * 5 + [10] * 10, [0] * 2 + [10] * 13
+    >>> parity(baseline, other, share=0.5) == 3 / 7
+    True
+
+    None if the baseline gains nothing, or is at the target from the start (nothing to divide by),
+    or if the other run never gets there.
+    """
+    start = baseline[0]  # both runs start from the same models, so this is the start of both
+    end = smooth(baseline)[-1]  # smoothed, or one lucky batch at the end would move the target
     target = start + share * (end - start)
-    own, other = (next((i for i, y in enumerate(smooth(x)) if y >= target), None) for x in (baseline, values))
-    return None if end <= start or not own or other is None else other / own
+    own = first_step(smooth(baseline), target)
+    other = first_step(smooth(values), target)
+    if end <= start or not own or other is None:  # `not own`: None, or step 0
+        return None
+    return other / own
 
 
-def figures(baseline, rows):
-    """What a run comes to, as named in FIGURES: at the end smoothed, then parities, median, means."""
-    columns = (column(rows, key) for key in (*SCORES, "kl", "eos_rate", "pass_rate"))
-    rm, gold, kl, eos, passed = (values and smooth(values)[-1] for values in columns)
-    known = gold is not None and rows[0]["gold_score_std"] > 0
-    gain = (gold - rows[0]["gold_score"]) / rows[0]["gold_score_std"] if known else None
-    pairs = [(column(baseline, key), column(rows, key)) for key in SCORES]
-    ratios = [None if None in pair else parity(*pair, share) for pair in pairs for share in (0.5, 0.9)]
-    seconds = sorted(row["seconds"] for row in rows)[len(rows) // 2]
-    return [rm, gold, gain, kl, eos, *ratios, seconds, *(own and fmean(own) for _, own in pairs), passed]
+# The measures of a run: a dict {name: value}, None where the run has no such value. The RM score is
+# what training pushes up. Whether it still means anything, only the gold score can tell, on tasks
+# that have one. KL is the price: how far the policy has moved from where it started.
 
 
-def read_rows(path, keys=frozenset()):
-    """The rows of a .jsonl file, if there is one, which have `keys`; a last line cut short does not count."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-        rows = [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
-        fail(f"{path} cannot be read: {error}")
-    if (keys and not rows) or any(not isinstance(row, dict) or not keys <= row.keys() for row in rows):
-        fail(f"{path}: no PPO run there, or lines of something else in it")
-    return rows
+def at_end(rows, key):
+    """A metric at the end of training, smoothed."""
+    values = column(rows, key)
+    return smooth(values)[-1] if values else None
 
 
-def runs_of(folders, names=()):
-    """The run folders meant: each folder is one, or holds one an arm (those named, or all, `token` first)."""
-    runs = []
-    for folder in map(Path, folders):
-        held = [path.parent for path in folder.glob("*/metrics.jsonl") if '"rm_score"' in path.read_text()]
-        held = [folder / name for name in names] or sorted(held, key=lambda run: (run.name != "token", run))
-        runs += [folder] if not held or (not names and (folder / "metrics.jsonl").is_file()) else held
-    return runs
+def area(rows, key):
+    """Mean over all steps, or the area under the curve: parity looks at one point, this at all."""
+    values = column(rows, key)
+    return fmean(values) if values else None
 
 
-def arms_of(args):
-    """{arm: the metrics of its seeds}.  Of folders that hold runs, those of one name are one arm's seeds."""
-    arms, runs = {}, runs_of(args.run, args.arms)
-    for run in runs:
-        rows, name = read_rows(run / "metrics.jsonl", {"rm_score", "kl", "seconds"}), run.name
-        name = max((arm for arm in args.arms if run.as_posix().endswith("/" + arm)), key=len, default=name)
-        if name in arms and runs == [*map(Path, args.run)]:  # runs named one by one are arms of their own
-            name = "/".join(run.parts[-2:])
-        arms.setdefault(name, []).append(rows)
-    if len({len(seeds) for seeds in arms.values()}) > 1:
-        fail(f"these arms have different numbers of seeds: {', '.join(arms)}")
-    return arms
+def gold_gain(rows):
+    """Gain of the gold score, in standard deviations of the responses of the first step."""
+    end = at_end(rows, "gold_score")
+    spread = rows[0].get("gold_score_std")
+    if end is None or not spread:
+        return None
+    return (end - rows[0]["gold_score"]) / spread
 
 
-def paths(arms, key):
-    """{arm: a smoothed metric, array [steps, seeds]}; empty where a run does not have the metric."""
-    found = {arm: [column(rows, key) for rows in seeds] for arm, seeds in arms.items()}
-    known = None not in [values for seeds in found.values() for values in seeds]
-    return {a: np.array([*zip(*map(smooth, seeds), strict=False)]) for a, seeds in found.items() if known}
+def parity_of(baseline, rows, key, share):
+    """Steps to parity in one metric."""
+    columns = [column(baseline, key), column(rows, key)]
+    return None if None in columns else parity(*columns, share)
+
+
+def typical_seconds(rows):
+    """The median of the seconds a step: the first step is slower, and says little."""
+    seconds = column(rows, "seconds")
+    return sorted(seconds)[len(seconds) // 2] if seconds else None
+
+
+# Each takes the rows of the baseline and of the run. "RM" stands for what was trained on.
+MEASURES = {
+    "RM score": lambda baseline, rows: at_end(rows, "rm_score"),
+    "gold score": lambda baseline, rows: at_end(rows, "gold_score"),
+    "gold gain (SD)": lambda baseline, rows: gold_gain(rows),
+    "KL": lambda baseline, rows: at_end(rows, "kl"),
+    "EOS rate": lambda baseline, rows: at_end(rows, "eos_rate"),
+    "RM 50 %": lambda baseline, rows: parity_of(baseline, rows, "rm_score", 0.5),
+    "RM 90 %": lambda baseline, rows: parity_of(baseline, rows, "rm_score", 0.9),
+    "gold 50 %": lambda baseline, rows: parity_of(baseline, rows, "gold_score", 0.5),
+    "gold 90 %": lambda baseline, rows: parity_of(baseline, rows, "gold_score", 0.9),
+    "s/step": lambda baseline, rows: typical_seconds(rows),
+    "RM area": lambda baseline, rows: area(rows, "rm_score"),
+    "gold area": lambda baseline, rows: area(rows, "gold_score"),
+    "pass rate": lambda baseline, rows: at_end(rows, "pass_rate"),
+}
+ENDS = ["RM score", "gold score", "gold gain (SD)", "KL", "EOS rate"]
+PARITIES = ["RM 50 %", "RM 90 %", "gold 50 %", "gold 90 %"]
+AREAS = ["RM area", "gold area"]
+# The metrics behind the measures and the panels.
+USED = [*SCORES, *PANELS, "gold_score_std", "eos_rate", "seconds"]
+
+
+# Learning curves: a panel for each metric, a line for each arm, and the measures as a table.
+# `arms` is {arm: {run folder: rows}}, where an arm has one run a seed; the first is the baseline.
 
 
 def curves(args):
-    """Learning curves in training, steps to parity with the first arm, areas under the curves (means)."""
-    arms, panels, tables = arms_of(args), [], []
-    shown = {"pass_rate": "pass rate", "kl": "KL to reference, nats", "response_length": "length, tokens"}
-    tested = [12] if paths(arms, "pass_rate") else []
-    shown = SCORES | ({"rm_score": "score of the unit tests"} if tested else {}) | shown
-    for key, title in shown.items():
-        lines = [{"label": arm, "x": range(len(y)), "y": y.mean(1), "band": (y.min(1), y.max(1)),
-                  "raw": column(arms[arm][0], key) if y.shape[1] == 1 else None}
-                 for arm, y in paths(arms, key).items()]  # fmt: skip
-        panels += [(title, "PPO steps", title, lines)] if lines else []
+    """Learning curves in training, steps to parity with the first arm, areas under the curves."""
+    arms = read_arms(args.run, args.arms)
+    names = score_names(arms)
+
+    # Pictures: only what all runs have. RM and gold score part company where the RM is fooled.
+    panels = []
+    for key, label in (names | PANELS).items():
+        lines = curve_lines(arms, key)
+        if lines:
+            panels.append(Panel(label, "PPO steps", lines))
     plot(args.png, panels, f"mean of {SMOOTHING} steps")
-    first, single = next(iter(arms.values())), all(len(seeds) == 1 for seeds in arms.values())
-    compared = {arm: [*zip(*map(figures, first, seeds), strict=True)] for arm, seeds in arms.items()}
-    how = "mean" if args.mean else "range"
-    over_seeds = [([*range(9), *tested], how), ((5, 6, 7, 8, 10, 11), "bootstrap")]
-    for numbers, how in [([*range(10), *tested], "range")] if single else over_seeds:
-        rows = [[arm, *(spread(values[i], how) for i in numbers)] for arm, values in compared.items()]
-        tables += ["", *table(["arm", *(FIGURES[i] for i in numbers)], rows)]
-    return tables[1:]
+
+    # Numbers. Arms of one seed each have no spread: one table. Seeds add a second one.
+    compared = compare(arms)
+    more = ["pass rate"] if smoothed(arms, "pass_rate") else []
+    if all(len(runs) == 1 for runs in arms.values()):
+        columns = [*ENDS, *PARITIES, "s/step", *more]
+        tables = measures_table(compared, columns, "range", names)
+    else:
+        how = "mean" if args.mean else "range"
+        tables = measures_table(compared, [*ENDS, *PARITIES, *more], how, names)
+        tables.append("")
+        tables += measures_table(compared, [*PARITIES, *AREAS], "bootstrap", names)
+    return still_going(arms) + tables
+
+
+def smoothed(arms, key):
+    """{arm: a smoothed metric, array [steps, seeds]}; {} where a run does not have the metric."""
+    found = {}
+    for arm, runs in arms.items():
+        seeds = [column(rows, key) for rows in runs.values()]
+        if None in seeds:
+            return {}
+        steps = min(len(values) for values in seeds)  # all seeds have got so far
+        found[arm] = np.stack([smooth(values)[:steps] for values in seeds], axis=1)
+    return found
+
+
+def curve_lines(arms, key):
+    """The lines of one panel: the mean over seeds, in a band from the lowest to the highest one."""
+    lines = []
+    for arm, y in smoothed(arms, key).items():
+        line = Line(arm, range(len(y)), y.mean(1))
+        if y.shape[1] == 1:
+            (rows,) = arms[arm].values()
+            line.raw = column(rows, key)  # of one seed the unsmoothed values can be shown, too
+        else:
+            line.low, line.high = y.min(1), y.max(1)
+        lines.append(line)
+    return lines
+
+
+def score_names(arms):
+    """What the scores are called: programs are scored by their unit tests, not by an RM."""
+    if not smoothed(arms, "pass_rate"):
+        return SCORES
+    return SCORES | {"rm_score": "score of the unit tests"}
+
+
+def measures_table(compared, columns, how, names):
+    """The lines of a table: a row an arm, a column a measure."""
+    heads = list(columns)
+    if names != SCORES:
+        heads = [head.replace("RM score", names["rm_score"]) for head in heads]
+        heads = [head.replace("RM", "tests") for head in heads]
+    rows = []
+    for arm, seeds in compared.items():
+        cells = [spread([found[name] for found in seeds], how) for name in columns]
+        rows.append([arm, *cells])
+    return table(["arm", *heads], rows)
+
+
+# Several seeds. Every seed of an arm is compared with the *same* seed of the baseline: both have
+# started from the same models and read the same prompts, so what the seed brings cancels out.
+
+
+def compare(arms):
+    """{arm: [{measure: value} of each seed]}, each against the baseline's run of the same seed."""
+    baselines = next(iter(arms.values())).values()
+    compared = {}
+    for arm, runs in arms.items():
+        compared[arm] = []
+        for baseline, rows in zip(baselines, runs.values(), strict=True):
+            found = {name: measure(baseline, rows) for name, measure in MEASURES.items()}
+            compared[arm].append(found)
+    return compared
 
 
 def spread(values, how="range"):
-    """A figure over seeds: median (range), median [bootstrap] or mean ± s.d.; None counts as infinite."""
+    """One measure over the seeds, as text: median (range), median [bootstrap], or mean ± s.d.
+
+    None stands for a target that was never reached, and so counts as infinitely many steps.
+    """
     ordered = sorted(math.inf if value is None else value for value in values)
     if len(values) == 1 or ordered[0] == math.inf:
         return cell(values[0])
@@ -192,371 +316,1072 @@ def spread(values, how="range"):
     return f"{median(ordered):.2f} ({ordered[0]:.2f} to {ordered[-1]:.2f})"
 
 
-def frontier(args):
-    """Reward against KL in training, smoothed: gain per nat, and the score at a KL that all reach."""
-    arms, panels = arms_of(args), []
-    kl = {arm: nats.mean(1) for arm, nats in paths(arms, "kl").items()}  # [steps] each
-    common = min(nats.max() for nats in kl.values())
-    heads, lines = ["arm", "KL at the end"], {arm: [arm, cell(nats[-1])] for arm, nats in kl.items()}
-    for key, name in SCORES.items():
-        score = {arm: y.mean(1) for arm, y in paths(arms, key).items()}  # [steps] each
-        for arm, y in score.items():
-            lines[arm].append(cell((y[-1] - y[0]) / kl[arm][-1] if kl[arm][-1] > 0 else None))
-            lines[arm].append(cell(np.interp(common, np.maximum.accumulate(kl[arm]), y)))  # when first there
-        found = [{"label": arm, "x": kl[arm], "y": y} for arm, y in score.items()]
-        heads += [f"{name} per nat", f"{name} at {common:.2f} nats"] if found else []
-        panels += [(name, "KL to the reference, nats", "score", found)] if found else []
-    plot(args.png, panels, f"mean of {SMOOTHING} steps")
-    return table(heads, lines.values())
+# The credit heatmap: who is praised for the score?
 
 
-def run_config(folder, args):
-    """A run's settings, and its model's folder."""
-    path = Path(folder) / "config.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    if "task" not in found:
-        fail(f"{folder}: no run there (config.json is missing, or not that of a run)")
-    cfg = ma_ppo.Config(**{name: found[name] for name in found if name in vars(ma_ppo.Config())})
-    return replace(cfg, micro_batch_size=args.micro_batch_size or cfg.micro_batch_size), path.parent / "model"
+def heatmap(args):
+    """One response as text, coloured by credit, above the value and return of each of its tokens.
+
+    Text: a token is blue where the update makes it likelier (positive advantage), red where less
+    likely; the darkest token has the largest advantage of the picture. A black bar begins a macro
+    action, whose tokens share one advantage. ∎ is the EOS, which writes nothing.
+
+    Value V (blue line): the critic's guess, in front of each token, of the reward to come. Before
+    the first update it spikes where a sentence has just ended. The critic starts as a copy of the
+    reward model, which was only ever read at the end of a response: to it, a text that stops in
+    mid-sentence is a broken response, and one that stops behind a full stop is a finished one.
+
+    Return (red steps): what V should have been, GAE's mixture of the score, which arrives at the
+    last token, and the critic's guesses on the way. With λ = 0.95 the score's share fades in about
+    20 actions: 20 tokens in the arm `token`, 20 macro actions in `fixed`. That is why the red line
+    of `token` keeps to V's level until shortly before the end, and that of `fixed` does not.
+
+    Advantage = return - V, then whitened. So at token level every spike of V comes out as a red
+    first word of the next sentence, which has done nothing wrong. Macro actions average V over
+    their tokens, and the spikes with it.
+    """
+    samples = [read_sample(run, args.step, args.sample) for run in find_runs(args.run)]
+    # One scale for all arms, or else a pale picture and a vivid one could mean the same.
+    limit = max(abs(a) for sample in samples for a in sample["advantages"]) or 1.0
+    layouts = [lay_out(sample["pieces"]) for sample in samples]  # drawing: Appendix D
+    canvas, axes = heatmap_axes(layouts)
+    for sample, cells, (above, below) in zip(samples, layouts, axes, strict=True):
+        draw_credit(above, sample, cells, limit)
+        draw_values(below, sample)
+    save(canvas, args.png)
+    return []
 
 
-def drawn(args, count):
-    """Yield (policy, temperature, [the scored samples of each prompt]) of every run at every temperature."""
-    runs = [(run, *run_config(run, args)) for run in runs_of(args.run)]
-    starts = {cfg.sft: (Path(cfg.sft), cfg, Path(cfg.sft)) for _, cfg, _ in runs if args.sft}
-    for run, cfg, model in [*starts.values(), *runs]:
-        for t in args.temperature or [cfg.temperature]:
-            found = samples(run, cfg, model, t, count, args)
-            yield "/".join(run.parts[-2:]), f"{t:g}" if t else "greedy", found
+def main(argv=None):
+    """Run the subcommand named on the command line, and print its table."""
+    command, args = parse(argv)  # Appendix E, with COMMANDS: {name: function(args) -> lines}
+    sft.setup(args.device)  # under torchrun: the ranks meet, to share the sampling
+    try:
+        lines = COMMANDS[command](args)
+    except (KeyboardInterrupt, EOFError):
+        fail("interrupted; verdicts given so far are kept: the same command goes on")
+    sft.print0("\n".join(lines))
+
+
+# Appendix A. Samples on held-out prompts: score, bestofn, passk
+#
+# Training scores are scores on training prompts. Here the final policies respond to prompts that
+# no stage has seen. The noise of a sample is a function of (seed, sample, prompt number) alone, so
+# neither batches, ranks nor other samples change it. Sampling is slow; so samples are kept in
+# RUN/score/samples.jsonl, and drawn again only when a model's files have changed.
+
+
+@dataclass
+class Policy:
+    """Something that responds to prompts: the final policy of a run, or an SFT model."""
+
+    folder: Path  # in its subfolder `score` samples are kept
+    model: Path  # its weights
+    cfg: ma_ppo.Config  # settings of the run
+
+
+class Sampled(NamedTuple):
+    """The scored samples of one policy at one temperature."""
+
+    name: str
+    temperature: str
+    groups: list  # a list a prompt, of the rows that `sample_rows` makes
+
+
+def sampled(args, count):
+    """Yield what every policy meant by the command line answers, `count` samples a prompt."""
+    policies = find_policies(args)
+    for policy in policies:
+        name = "/".join(policy.folder.parts[-2:])
+        for temperature in args.temperature or [policy.cfg.temperature]:
+            label = f"{temperature:g}" if temperature else "greedy"
+            yield Sampled(name, label, samples_of(policy, temperature, count, args))
     if args.references:
-        yield "references", "–", samples(run, cfg, model, "references", 1, args)
+        yield Sampled("references", "–", samples_of(policies[-1], "references", 1, args))
 
 
-def samples(run, cfg, model, temperature, count, args):
-    """`count` samples of each of args.prompts held-out prompts, kept in RUN/score or drawn -> a list each."""
-    path, weights = run / "score/samples.jsonl", (Path(x) for x in (model, cfg.sft, cfg.reward_model) if x)
-    stamp = [x.stat().st_mtime for folder in weights for x in sorted(folder.glob("*.safetensors"))]
-    kept = {(row["temperature"], row["sample"], row["number"]): row for row in read_rows(path)
-            if not model.is_dir() or row["drawn_with"] == stamp}  # fmt: skip
-    if model.is_dir():
-        rows = sft.load_share(cfg, "test")
-        prompts = [*{row["prompt"]: row for row in reversed(rows)}.values()][::-1][: args.prompts]
-        prompts = [row | {"number": i, "text": row["prompt"]} for i, row in enumerate(prompts)]
-        usable = [row for row in prompts if temperature != "references" or row.get("response")]
-        wanted, t = product(range(count), usable), temperature
-        missing = [(s, row) for s, row in wanted if (t, s, row["number"]) not in kept]
-        for row in draw(missing, temperature, cfg, model, args) if missing else ():
-            kept[temperature, row["sample"], row["number"]] = row | {"drawn_with": stamp}
-        if missing and sft.rank() == 0:
-            sft.make_folder(path.parent)
-            order = sorted(kept, key=lambda key: (str(key[0]), key[2], key[1]))
-            path.write_text("".join(json.dumps(kept[key]) + "\n" for key in order))
-        sft.save_run([], path.parent)  # ends in a barrier: no rank may read the file before it is complete
-    found = [row for (t, s, i), row in kept.items() if t == temperature and s < count and i < args.prompts]
-    found.sort(key=lambda row: (row["number"], row["sample"]))
-    groups = [[*group] for _, group in groupby(found, lambda row: row["number"])]
-    if (fewest := min(map(len, groups), default=0)) < count:
-        fail(f"{run}: needs {count} samples a prompt at temperature {temperature}, has {fewest}, no {model}")
+def find_policies(args):
+    """The policies of the runs; with --sft before them the SFT models that they started from."""
+    runs, starts = [], {}
+    for run in find_runs(args.run):
+        cfg = read_config(run, args)
+        runs.append(Policy(run, run / "model", cfg))
+        if args.sft:
+            starts[cfg.sft] = Policy(Path(cfg.sft), Path(cfg.sft), cfg)
+    return [*starts.values(), *runs]
+
+
+def samples_of(policy, temperature, count, args):
+    """`count` samples of each of the first args.prompts held-out prompts -> a list of rows each.
+
+    temperature: 0 for greedy; "references" for the human-written responses. Where the weights are
+    gone, what is kept must do.
+    """
+    path = policy.folder / "score/samples.jsonl"
+    rows = read_rows(path, {"temperature", "sample", "number", "prompt", "response", "drawn_with"})
+    if policy.model.is_dir():
+        stamp = weights_stamp(policy)
+        prompts = held_out_prompts(policy.cfg, args.prompts)
+        rows = [row for row in rows if is_current(row, stamp, prompts)]
+        jobs = missing_jobs(rows, prompts, temperature, count)
+        if jobs:
+            drawn = draw(jobs, temperature, policy, args)
+            rows += [row | {"drawn_with": stamp} for row in drawn]
+            rows.sort(key=lambda row: (str(row["temperature"]), row["number"], row["sample"]))
+            sft.on_rank0(write_rows, path, rows)  # the others wait: nobody reads half a file
+    rows = [row for row in rows if row["temperature"] == temperature]
+    rows = [row for row in rows if row["sample"] < count and row["number"] < args.prompts]
+    rows.sort(key=lambda row: (row["number"], row["sample"]))
+    groups = [list(group) for _, group in groupby(rows, lambda row: row["number"])]
+    fewest = min(map(len, groups), default=0)
+    if fewest < count:
+        what = f"{count} samples a prompt at temperature {temperature}"
+        fail(f"{policy.folder}: needs {what}, has {fewest}, and there is no {policy.model}")
     return groups
 
 
-def draw(jobs, temperature, cfg, model, args):
-    """Sample and score every (sample number, task row) in `jobs`, shared among the ranks -> rows."""
-    device, length = sft.setup(args.device), cfg.max_prompt + cfg.max_response
-    policy, tokenizer = sft.load_causal_lm(model, length, device)
-    models = {"policy": policy, "reference": sft.load_causal_lm(cfg.sft, length, device)[0]}
-    zeros = lambda batch: torch.zeros(batch.tokens.shape, device=device)  # noqa: E731  [B, P+T]
-    models["critic"] = zeros
-    if "problem" not in jobs[0][1]:  # where there is one, unit tests take the RM's place
+def weights_stamp(policy):
+    """When the files were written that a sample and its scores depend on: policy, reference, RM."""
+    stamp = []
+    for folder in (policy.model, policy.cfg.sft, policy.cfg.reward_model):
+        files = Path(folder).glob("*.safetensors") if folder else []
+        stamp += [path.stat().st_mtime for path in sorted(files)]
+    return stamp
+
+
+def held_out_prompts(cfg, count):
+    """The first `count` held-out prompts, each once, numbered: the task's rows + {number, text}."""
+    rows = {}
+    for row in sft.load_share(cfg, "test"):
+        rows.setdefault(row["prompt"], row)
+    first = list(rows.values())[:count]
+    return [row | {"number": i, "text": row["prompt"]} for i, row in enumerate(first)]
+
+
+def is_current(row, stamp, prompts):
+    """Whether a kept sample is of these weights, and of the prompt that has its number today."""
+    number = row["number"]
+    moved = number < len(prompts) and prompts[number]["prompt"] != row["prompt"]
+    return row["drawn_with"] == stamp and not moved
+
+
+def missing_jobs(rows, prompts, temperature, count):
+    """The samples still to be drawn: rows of `prompts` + {sample: which one of its prompt}."""
+    there = {(row["number"], row["sample"]) for row in rows if row["temperature"] == temperature}
+    if temperature == "references":
+        prompts = [row for row in prompts if row.get("response")]
+    jobs = []
+    for sample in range(count):
+        for row in prompts:
+            if (row["number"], sample) not in there:
+                jobs.append(row | {"sample": sample})
+    return jobs
+
+
+def write_rows(path, rows):
+    """Write a .jsonl file in one move: interrupted, it is the old one."""
+    sft.make_folder(path.parent)
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.replace(path)
+
+
+def draw(jobs, temperature, policy, args):
+    """Sample and score all jobs, shared among the ranks -> rows, on every rank."""
+    tested = "problem" in jobs[0]  # then unit tests take the reward model's place
+    models, tokenizer = load_models(policy, tested, args)
+    # In batches of one sample number each, which seeds their noise.
+    batches = []
+    mine = jobs[sft.rank() :: sft.world()]
+    for _, same in groupby(mine, lambda job: job["sample"]):
+        same = list(same)
+        parts = sft.micro_slices(len(same), policy.cfg.micro_batch_size)
+        batches += [same[part] for part in parts]
+    title = f"samples of {policy.model.parent.name}"
+    rows = []
+    for batch in tqdm(batches, desc=title, disable=sft.rank() != 0):
+        rows += respond(batch, temperature, models, tokenizer, policy.cfg)
+    return sft.gather(rows)
+
+
+def load_models(policy, tested, args):
+    """{name: model} of what samples and what scores, and the tokenizer."""
+    cfg = replace(policy.cfg, shard=False)  # models that do not learn fit on one device
+    device = sft.setup(args.device)
+    length = cfg.max_prompt + cfg.max_response
+    models = {}
+    models["policy"], tokenizer = sft.load_causal_lm(policy.model, length, device)
+    models["reference"], _ = sft.load_causal_lm(cfg.sft, length, device)
+    if not tested:
         if not (Path(cfg.reward_model) / reward.HEAD).is_file():
             fail(f"{cfg.reward_model}: no reward model there")
         models["reward"] = reward.ScalarModel.load(cfg.reward_model, device)
-    for name in set(models) - {"critic"}:
-        sft.prepare(models[name].requires_grad_(name == "policy"), replace(cfg, shard=False), device)
-    groups = groupby(jobs[sft.rank() :: sft.world()], key=lambda job: job[0])
-    mine, size = [(sample, [row for _, row in group]) for sample, group in groups], cfg.micro_batch_size
-    mine = [(sample, rows[part]) for sample, rows in mine for part in sft.micro_slices(len(rows), size)]
-    bar = tqdm(mine, desc=f"samples of {model.parent.name}", disable=sft.rank() != 0)
-    drawn = [respond(rows, temperature, sample, models, tokenizer, cfg) for sample, rows in bar]
-    return reward.gather(row for rows in drawn for row in rows)
+    for name, model in models.items():
+        model.requires_grad_(name == "policy")  # in bf16, frozen models are kept in half the memory
+        sft.prepare(model, cfg, device)
+    return models, tokenizer
 
 
-def respond(rows, temperature, sample, models, tokenizer, cfg):
-    """Respond, with noise of (seed, sample, prompt number), and judge as training does -> a row for each."""
-    human, tested = temperature == "references", "problem" in rows[0]
-    encoded = sft.encode(rows, tokenizer, cfg, ["prompt", "response"][: 1 + human])
-    examples = [row | ids for row, ids in zip(rows, encoded, strict=True)]
+@torch.no_grad()
+def respond(jobs, temperature, models, tokenizer, cfg):
+    """Respond to the prompts of one batch, score the responses as training does -> a row each."""
+    human = temperature == "references"
+    names = ["prompt", "response"] if human else ["prompt"]
+    tokens = sft.encode(jobs, tokenizer, cfg, names)
+    examples = [job | ids for job, ids in zip(jobs, tokens, strict=True)]
     if human:
-        tokens, pad = [row["response"] for row in examples], tokenizer.pad_token_id
-        batch = sft.make_batch([row["prompt"] for row in examples], tokens, pad, models["policy"].device)
-        rollout = ma_ppo.Rollout(batch, [], tokens, tokenizer.batch_decode(tokens, skip_special_tokens=True))
+        rollout = human_rollout(examples, tokenizer, models["policy"].device)
+        kl = [None] * len(jobs)
     else:
+        # Log-probabilities are taken at the run's own temperature where sampling is greedy.
         cfg = replace(cfg, temperature=temperature or cfg.temperature)
         sampling = cfg if temperature else replace(cfg, top_k=1)
+        sample = jobs[0]["sample"]
         rollout = ma_ppo.sample(models["policy"], examples, sample, tokenizer, sampling)
-    ma_ppo.judge(rollout, models, examples, tokenizer, cfg)
-    kl, ended = (rollout.logprobs - rollout.ref_logprobs).sum(1), ma_ppo.ended(rollout.batch, tokenizer)
-    texts, scores = rollout.texts, rollout.scores.tolist()
-    passed = rollout.passed.tolist() if tested else [None] * len(rows)
-    return [
-        {"temperature": temperature, "number": row["number"], "sample": sample, "prompt": row["prompt"],
-         "response": texts[i], "reference": row.get("response"), "length": len(rollout.tokens[i]),
-         "ended": bool(ended[i]), "kl": None if human else float(kl[i]), "rm_score": scores[i],
-         "gold_score": rollout.gold and rollout.gold[i], "passed": passed[i],
-         "difficulty": (row.get("problem") or row).get("difficulty")}
-        for i, row in enumerate(rows)
-    ]  # fmt: skip
+        kl = response_kl(rollout.batch, models, cfg)
+    ma_ppo.score(rollout, models, examples, tokenizer, cfg)
+    return sample_rows(jobs, rollout, kl, temperature, tokenizer)
+
+
+def sample_rows(jobs, rollout, kl, temperature, tokenizer):
+    """What is kept of each response."""
+    ended = ma_ppo.ended(rollout.batch, tokenizer).tolist()
+    rows = []
+    for i, job in enumerate(jobs):
+        row = {"temperature": temperature, "number": job["number"], "sample": job["sample"]}
+        row |= {"prompt": job["prompt"], "response": rollout.texts[i]}
+        row |= {"length": len(rollout.tokens[i]), "ended": ended[i], "kl": kl[i]}
+        row["rm_score"] = float(rollout.scores[i])
+        row["gold_score"] = rollout.gold[i] if rollout.gold else None
+        row["passed"] = None if rollout.passed is None else bool(rollout.passed[i])
+        row["difficulty"] = job.get("problem", job).get("difficulty")
+        rows.append(row)
+    return rows
+
+
+def human_rollout(examples, tokenizer, device):
+    """The human-written responses, in the form of sampled ones."""
+    prompts = [example["prompt"] for example in examples]
+    responses = [example["response"] for example in examples]
+    return ma_ppo.Rollout(
+        batch=sft.make_batch(prompts, responses, tokenizer.pad_token_id, device),
+        seeds=[],
+        tokens=responses,
+        texts=tokenizer.batch_decode(responses, skip_special_tokens=True),
+    )
+
+
+def response_kl(batch, models, cfg):
+    """log π - log π_ref of each response, nats: over samples its mean is the KL.  -> B floats"""
+    logprobs, _, keep = ma_ppo.token_logprobs(models["policy"], batch, cfg)  # [B, T]
+    # The reference chooses among the same tokens: one that it does not allow would cost infinitely.
+    ref_logprobs, _, _ = ma_ppo.token_logprobs(models["reference"], batch, cfg, keep)  # [B, T]
+    return (logprobs - ref_logprobs).sum(1).tolist()
+
+
+HELD_OUT = [*SCORES, "passed", "kl", "length", "ended", "repeated"]
 
 
 def score(args):
-    """The policies on held-out prompts: means, 95 % intervals (bootstrap; exact for one program each)."""
-    lines, measured = [], [(*who, [[row | texture(row, args.rouge) for row in group] for group in groups])
-                for *who, groups in drawn(args, args.samples)]  # fmt: skip
-    names = [*SCORES, "passed", "kl", "length", "ended", "distinct_1", "distinct_2", "repeated", *ROUGE]
-    keys = [k for k in names if any(row.get(k) is not None for *_, gs in measured for g in gs for row in g)]
-    for *who, groups in measured:
-        values = ([[x for row in g if (x := row.get(key)) is not None] for g in groups] for key in keys)
-        means = {key: [fmean(x) for x in prompts if x] for key, prompts in zip(keys, values, strict=True)}
-        found = {key: bootstrap(x) for key, x in means.items()}
-        if args.samples == 1 and means.get("passed"):
-            found["passed"] = reward.exact_share(round(sum(means["passed"])), len(means["passed"]))
-        lines.append([*who, str(sum(map(len, groups))), *(cell(*found[key]) for key in keys)])
-    return table(["policy", "temperature", "samples", *keys], lines)
+    """The policies on held-out prompts: means over prompts with 95 % intervals.
+
+    Intervals are bootstraps over prompts, and Wilson's for one program a problem.
+    """
+    measured = []
+    for policy in sampled(args, args.samples):
+        for group in policy.groups:
+            for row in group:
+                row["repeated"] = repeated(row["response"])
+        means = {key: prompt_means(policy.groups, key) for key in HELD_OUT}
+        measured.append((policy, means))
+    columns = [key for key in HELD_OUT if any(means[key] for _, means in measured)]
+    lines = []
+    for policy, means in measured:
+        cells = {key: cell(*bootstrap(means[key])) for key in columns}
+        if args.samples == 1 and means["passed"]:
+            cells["passed"] = share_cell(round(sum(means["passed"])), len(means["passed"]))
+        count = sum(map(len, policy.groups))
+        lines.append([policy.name, policy.temperature, str(count), *cells.values()])
+    return table(["policy", "temperature", "samples", *columns], lines)
 
 
-def texture(row, rouge=False):
-    """distinct-n (different n-grams of words / all), repeated trigrams (1 - distinct-3) and ROUGE's F1."""
-    words = row["response"].split()
-    grams = {n: [*zip(*(words[i:] for i in range(n)), strict=False)] for n in (1, 2, 3)}
-    found = {f"distinct_{n}": len({*x}) / len(x) if x else None for n, x in grams.items()}
-    found["repeated"] = found["distinct_3"] and 1 - found["distinct_3"]
-    if rouge and row["reference"] and row["temperature"] != "references":
-        try:
-            from rouge_score.rouge_scorer import RougeScorer
-        except ImportError:
-            fail("--rouge needs a package: pip install rouge-score")
-        scores = RougeScorer(ROUGE, use_stemmer=True).score(row["reference"], row["response"])
-        found |= {key: value.fmeasure for key, value in scores.items()}
-    return found
+def prompt_means(groups, key):
+    """The mean over each prompt's samples, of the prompts that have the measure at all."""
+    means = []
+    for group in groups:
+        values = [row[key] for row in group if row.get(key) is not None]
+        if values:
+            means.append(fmean(values))
+    return means
+
+
+def share_cell(wins, count):
+    """A share with Wilson's 95 % interval, as text."""
+    if not count:
+        return "–"
+    return cell(wins / count, *reward.wilson_interval(wins, count))
+
+
+def repeated(text):
+    """Share of a text's trigrams of words that have stood in it before; None of fewer than 3 words.
+
+    >>> repeated("go go go go")  # 1 of 2
+    0.5
+    """
+    words = text.split()
+    trigrams = list(zip(words, words[1:], words[2:], strict=False))
+    return 1 - len(set(trigrams)) / len(trigrams) if trigrams else None
 
 
 def bestofn(args):
-    """Best of n: scores of the sample that the RM picks, against n and its KL, log n - (n - 1) / n."""
-    lines, found, nats = [], {}, [math.log(n) - (n - 1) / n for n in args.n]
-    for *who, groups in drawn(args, max(args.n)):
-        cells = [[*who, str(n), cell(kl)] for n, kl in zip(args.n, nats, strict=True)]
-        for key, name in [*SCORES.items()][: 1 if groups[0][0]["gold_score"] is None else 2]:
-            pairs = [([row["rm_score"] for row in group], [row[key] for row in group]) for group in groups]
-            picks = [[best_of_n(*pair, n) for pair in pairs] for n in args.n]
-            cells = [[*row, cell(*bootstrap(values))] for row, values in zip(cells, picks, strict=True)]
-            line = {"label": ", ".join(who), "y": [*map(fmean, picks)], "marker": ".-"}
-            found.setdefault(name, []).append(line)
-        lines += cells
-    panels = [(name, label, "score", [line | {"x": x} for line in found[name]]) for name in found
-              for x, label in ((args.n, "n"), (nats, "KL of best of n, nats"))]  # fmt: skip
+    """Best of n: the score of the sample that the RM picks, against its KL, log n - (n - 1) / n."""
+    nats = [math.log(n) - (n - 1) / n for n in args.n]
+    rows, lines = [], {}
+    for policy in sampled(args, max(args.n)):
+        known = [key for key in SCORES if policy.groups[0][0][key] is not None]
+        for n, kl in zip(args.n, nats, strict=True):
+            picks = [picked_scores(policy.groups, key, n) for key in known]
+            cells = [cell(*bootstrap(scores)) for scores in picks]
+            rows.append([policy.name, policy.temperature, str(n), cell(kl), *cells])
+        for key in known:
+            means = [fmean(picked_scores(policy.groups, key, n)) for n in args.n]
+            line = Line(f"{policy.name}, {policy.temperature}", nats, means, marker=".-")
+            lines.setdefault(SCORES[key], []).append(line)
+    panels = [Panel(name, "KL of best of n, nats", found) for name, found in lines.items()]
     plot(args.png, panels, "policy, temperature")
-    return table(["policy", "temperature", "n", "KL", *found], lines)
+    return table(["policy", "temperature", "n", "KL", *lines], rows)
+
+
+def picked_scores(groups, key, n):
+    """For each prompt the expected score of the RM's favourite among n of its samples."""
+    expected = []
+    for group in groups:
+        scores = [row["rm_score"] for row in group]
+        expected.append(best_of_n(scores, [row[key] for row in group], n))
+    return expected
+
+
+def best_of_n(scores, worths, n):
+    """Expected worth of the highest-scored of n samples, over all n-subsets; of equals the last.
+
+    The sample with `below` others under it is the best of C(below, n - 1) of the C(N, n) subsets.
+
+    >>> best_of_n([3, 1, 2], [30, 10, 20], 2)  # of (3, 1), (3, 2), (1, 2): 30, 30, 20
+    26.666666666666668
+    """
+    ascending = sorted(range(len(scores)), key=scores.__getitem__)
+    total = 0
+    for below, i in enumerate(ascending):
+        total += worths[i] * math.comb(below, n - 1)
+    return total / math.comb(len(scores), n)
 
 
 def passk(args):
-    """pass@k: probability that one of k programs passes all tests, unbiased, with bootstrap intervals."""
+    """pass@k: the probability that one of k programs passes all tests, bootstrap over problems."""
     lines = []
-    for *who, groups in drawn(args, max(*args.k, args.samples)):
+    for policy in sampled(args, max(*args.k, args.samples)):
+        groups = policy.groups
         if groups[0][0]["passed"] is None:
-            fail(f"{who[0]}: no unit tests, so nothing passes or fails; pass@k is for program tasks")
-        for level in ["all", *sorted({g[0]["difficulty"] for g in groups if g[0].get("difficulty")})]:
-            counts = [(len(group), sum(row["passed"] for row in group)) for group in groups
-                      if level in ("all", group[0].get("difficulty"))]  # fmt: skip
-            cells = (cell(*bootstrap([pass_at_k(n, c, k) for n, c in counts])) for k in args.k)
-            lines.append([*who, level, str(len(counts)), *cells])
-    return table(["policy", "temperature", "difficulty", "problems", *(f"pass@{k}" for k in args.k)], lines)
+            fail(f"{policy.name}: no unit tests: pass@k is for program tasks")
+        levels = {group[0]["difficulty"] for group in groups if group[0].get("difficulty")}
+        for level in ["all", *sorted(levels)]:
+            chosen = [g for g in groups if level in ("all", g[0].get("difficulty"))]
+            counts = [(len(group), sum(row["passed"] for row in group)) for group in chosen]
+            cells = [cell(*bootstrap([pass_at_k(n, c, k) for n, c in counts])) for k in args.k]
+            lines.append([policy.name, policy.temperature, level, str(len(chosen)), *cells])
+    heads = [f"pass@{k}" for k in args.k]
+    return table(["policy", "temperature", "difficulty", "problems", *heads], lines)
 
 
-PAUSES, TIMEOUT = (1, 2, 4, 8, 16), 60  # seconds: between attempts to reach the LLM, and of one attempt
-CRITERIA = dict.fromkeys(("toy", "tldr"), "relevance, coherence, consistency and fluency")
-CRITERIA |= {"hh": "helpfulness", "webgpt": "factual accuracy, coherence and usefulness", "": "correctness"}
-SHOWN = "[Prompt]\n{}\n\n[Response 1]\n{}\n\n[Response 2]\n{}\n\nWhich response is better, judged by {}?"
-FORMAT = ' Reply with JSON only: {"winner": "1"}, {"winner": "2"} or {"winner": "tie"}.'
-HEADS = ["judge", "pairs", "unparsable", "win", "tie", "loss", "of decided", "at matched length", "matched"]
+def pass_at_k(n, c, k):
+    """Probability that one of k samples passes, from n of which c did (Chen et al., 2021).
+
+    >>> pass_at_k(4, 1, 2)  # 3 of the 6 pairs hold the one that passes
+    0.5
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@{k} with {c} of {n} passing: needs 0 <= c <= n and 1 <= k <= n")
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+# Appendix B. Judges and duels
+#
+# The RM is what training has pushed against, so its word for the winner is suspect. In a duel two
+# runs respond to the same prompts, and one judge or several say who is better: the RM, the gold
+# score, a person, or a language model. A judge that knows no ties may prefer what it reads first,
+# so a language model is asked in both orders, and contradicting itself makes a tie.
+
+
+class Pair(NamedTuple):
+    """Two responses to one prompt."""
+
+    a: dict  # rows that `respond` made
+    b: dict
+    first: str  # "a" or "b", by lot: which one a judge reads first
 
 
 def duel(args):
-    """Wins of one run over another, exact 95 % intervals; lengths match if at most 10 % apart; Cohen's κ."""
-    (cfg, _), (other, _) = (run_config(run, args) for run in (args.a, args.b))
-    if (cfg.task, cfg.data) != (other.task, other.data):
-        fail(f"a duel needs one task: the runs have {cfg.task} {cfg.data} and {other.task} {other.data}")
-    if "rm" in args.judge and cfg.reward_model != other.reward_model:
-        fail(f"no common judge: the reward models are {cfg.reward_model} and {other.reward_model}")
-    at = (args.temperature or [cfg.temperature])[:1]
-    both = drawn(replace(args, run=[args.a, args.b], temperature=at, references=False), 1)
-    ours, theirs = ({group[0]["number"]: group[0] for group in groups} for *_, groups in both)
-    firsts = {i: "ab"[np.random.default_rng([cfg.seed, i]).integers(2)] for i in ours if i in theirs}
-    pairs = [(ours[i], theirs[i], first) for i, first in firsts.items()]
+    """Wins of one run over another, with 95 % intervals (Wilson); κ is Cohen's.
+
+    Lengths match if they differ by at most 10 % of the longer response, in characters.
+    """
+    cfg = common_settings(args)
+    pairs = pair_up(cfg, args)
     folder = sft.make_folder(Path(args.a) / f"duel-{Path(args.b).name}")
-    if sft.rank():
-        return []
-    said = {judge: verdicts(judge, pairs, folder / "answers.jsonl", cfg, args) for judge in args.judge}
-    rows = [{"number": a["number"], "first": first, "a": a["response"], "b": b["response"]}
-            | {judge: said[judge][i] for judge in said} for i, (a, b, first) in enumerate(pairs)]  # fmt: skip
-    (folder / "verdicts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lengths, lines = [sorted((len(a["response"]), len(b["response"]))) for a, b, _ in pairs], []
-    for judge, given in said.items():
-        close = [v for v, (low, high) in zip(given, lengths, strict=True) if high - low <= 0.1 * high]
-        shares = [reward.exact_share(given.count(verdict), len(given)) for verdict in ("a", "tie", "b")]
-        shares += [reward.exact_share(x.count("a"), x.count("a") + x.count("b")) for x in (given, close)]
-        shares = [cell(*share) for share in shares]
-        lines.append([judge, str(len(given)), str(given.count("unparsable")), *shares, str(len(close))])
-    found = [(x, y, *agreement(said[x], said[y])) for x, y in combinations(said, 2)]
-    found = [[f"{x}, {y}", str(count), cell(equal), cell(kappa)] for x, y, count, equal, kappa in found]
-    return table(HEADS, lines) + (["", *table(["judges", "pairs", "agreement", "κ"], found)] if found else [])
+    if sft.rank() > 0:
+        return []  # one rank asks
+    answers = Answers(folder / "answers.jsonl")
+    said = {judge: JUDGES[judge](pairs, answers, cfg, args) for judge in args.judge}
+    rows = []
+    for i, pair in enumerate(pairs):
+        row = {"number": pair.a["number"], "first": pair.first}
+        row |= {"a": pair.a["response"], "b": pair.b["response"]}
+        rows.append(row | {judge: said[judge][i] for judge in said})
+    write_rows(folder / "verdicts.jsonl", rows)
+    return duel_table(said, pairs) + agreement_table(said)
 
 
-def verdicts(judge, pairs, path, cfg, args):
-    """Who wins each pair: "a", "b", "tie" or "unparsable".  What is answered at `path` is not asked again."""
-    if key := {"rm": "rm_score", "gold": "gold_score"}.get(judge):
-        if pairs[0][0][key] is None:
-            fail(f"--judge {judge}: task {cfg.task} has no such score")
-        return ["tie" if a[key] == b[key] else "a" if a[key] > b[key] else "b" for a, b, _ in pairs]
-    path.write_text("".join(json.dumps(row) + "\n" for row in read_rows(path)))  # whole lines only
-    kept, found = {row["question"]: row["answer"] for row in read_rows(path)}, []
-    for a, b, first in tqdm(pairs, disable=judge == "human", desc="judge"):
-        votes, orders = [], ("ab", "ba") if first == "a" else ("ba", "ab")
-        for one, two in orders[: 1 if judge == "human" else 2]:
-            shown = [{"a": a, "b": b}[x]["response"] for x in (one, two)]
-            question = SHOWN.format(a["prompt"], *shown, CRITERIA.get(cfg.task, CRITERIA[""]))
-            name = f"{judge} {args.judge_model}: {question}"
-            if name not in kept:
-                kept[name] = ask_llm(question + FORMAT, args) if judge == "llm" else ""
-                if judge == "human":  # blind; a response's control characters do not reach the terminal
-                    print("\n" + "".join(c for c in question if c.isprintable() or c == "\n"))
-                    while (typed := input("1, 2 or tie (Ctrl-C stops): ").strip()) not in ("1", "2", "tie"):
-                        pass
-                    kept[name] = json.dumps({"winner": typed})
-                with path.open("a") as file:
-                    row = {"judge": judge, "number": a["number"], "first": one, "answer": kept[name]}
-                    file.write(json.dumps(row | {"question": name}) + "\n")
-            said = re.fullmatch(r'\s*{\s*"winner"\s*:\s*"(1|2|tie)"\s*}\s*', kept[name])  # JSON, no more
-            votes.append({"1": one, "2": two, "tie": "tie"}[said[1]] if said else "unparsable")
-        found.append("unparsable" if "unparsable" in votes else votes[0] if len({*votes}) == 1 else "tie")
-    return found
+def common_settings(args):
+    """The settings of both runs, as far as they matter to a judge."""
+    cfg, other = (read_config(run, args) for run in (args.a, args.b))
+    if (cfg.task, cfg.data) != (other.task, other.data):
+        both = f"{cfg.task} {cfg.data} and {other.task} {other.data}"
+        fail(f"a duel needs one task: the runs have {both}")
+    if "rm" in args.judge and cfg.reward_model != other.reward_model:
+        both = f"{cfg.reward_model} and {other.reward_model}"
+        fail(f"no common judge: the reward models are {both}")
+    return cfg
 
 
-def ask_llm(question, args):
-    """An OpenAI-compatible endpoint's answer; 429, 5xx, time-outs and lost connections are tried again."""
-    key, url = os.environ.get("OPENAI_API_KEY", "").strip(), args.judge_url.rstrip("/") + "/chat/completions"
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    body = {"model": args.judge_model, "temperature": 0, "messages": [{"role": "user", "content": question}]}
-    for pause in (*PAUSES, None):
+def pair_up(cfg, args):
+    """The first responses of both runs to each prompt that both have answered."""
+    temperatures = (args.temperature or [cfg.temperature])[:1]
+    found = replace(args, run=[args.a, args.b], temperature=temperatures)
+    found = replace(found, references=False, sft=False)
+    sides = []
+    for policy in sampled(found, 1):
+        sides.append({group[0]["number"]: group[0] for group in policy.groups})
+    ours, theirs = sides
+    pairs = []
+    for i in ours:
+        if i in theirs:
+            first = "ab"[np.random.default_rng([cfg.seed, i]).integers(2)]
+            pairs.append(Pair(ours[i], theirs[i], first))
+    if not pairs:
+        fail(f"{args.a} and {args.b} have answered no prompt in common")
+    return pairs
+
+
+# One function a judge: (pairs, answers, cfg, args) -> "a", "b", "tie" or "unparsable" a pair.
+
+
+def rm_verdicts(pairs, answers, cfg, args):
+    """The reward model: the higher score wins."""
+    return score_verdicts(pairs, "rm_score")
+
+
+def gold_verdicts(pairs, answers, cfg, args):
+    """The gold score, where the task has one."""
+    if pairs[0].a["gold_score"] is None:
+        fail(f"--judge gold: task {cfg.task} has no such score")
+    return score_verdicts(pairs, "gold_score")
+
+
+def human_verdicts(pairs, answers, cfg, args):
+    """The person at the keyboard, who sees no run names, and each pair in one order."""
+    verdicts = []
+    for pair in pairs:
+        order = orders_of(pair)[0]
+        question = question_of(pair, order, cfg)
+        name = f"human: {question}"
+        if name not in answers.kept:
+            answers.keep(name, ask_human(question), "human", pair, order)
+        verdicts.append(winner(answers.kept[name], order))
+    return verdicts
+
+
+def llm_verdicts(pairs, answers, cfg, args):
+    """A language model behind an OpenAI-compatible endpoint, asked in both orders."""
+    client = llm_client(args)
+    verdicts = []
+    for pair in tqdm(pairs, desc="judge"):
+        votes = []
+        for order in orders_of(pair):
+            question = question_of(pair, order, cfg)
+            name = f"llm {args.judge_model} at {args.judge_temperature}: {question}"
+            if name not in answers.kept:
+                answer = ask_llm(client, question + FORMAT, args)
+                answers.keep(name, answer, "llm", pair, order)
+            votes.append(winner(answers.kept[name], order))
+        verdicts.append(vote(votes))
+    return verdicts
+
+
+JUDGES = {"rm": rm_verdicts, "gold": gold_verdicts, "human": human_verdicts, "llm": llm_verdicts}
+
+
+def score_verdicts(pairs, key):
+    """The higher score wins, equal ones tie."""
+    verdicts = []
+    for pair in pairs:
+        a, b = pair.a[key], pair.b[key]
+        better = "a" if a > b else "b"
+        verdicts.append("tie" if a == b else better)
+    return verdicts
+
+
+def vote(votes):
+    """The verdict of a judge that was asked more than once.
+
+    >>> vote(["a", "a"]), vote(["a", "b"]), vote(["a", "unparsable"])
+    ('a', 'tie', 'unparsable')
+    """
+    if "unparsable" in votes:
+        return "unparsable"
+    return votes[0] if len(set(votes)) == 1 else "tie"
+
+
+def winner(answer, order):
+    """The verdict in an answer to a question that showed the responses in this order.
+
+    A judge may think aloud first: the last JSON object with a "winner" counts.
+
+    >>> winner('{"winner": "1"} at first sight, but 2 is right. {"winner": "2"}', "ab")
+    'b'
+    >>> winner("The first one.", "ab")
+    'unparsable'
+    """
+    place = answer.rfind("{")
+    while place >= 0:
         try:
-            request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
-                text = reply.read().decode(errors="replace")
-            break
-        except urllib.request.HTTPError as error:
-            problem, again = f"HTTP {error.code}", error.code == 429 or error.code >= 500
-        except (OSError, ValueError, urllib.request.http.client.HTTPException) as error:
-            problem, again = type(error).__name__, not isinstance(error, ValueError)  # malformed key or URL
-        if not again or pause is None:
-            fail(f"the judge does not answer ({problem}); its verdicts are kept, the same command goes on")
-        time.sleep(pause)
-    with suppress(ValueError, LookupError, TypeError, RecursionError):  # what is no answer is unparsable
-        text = json.loads(text)["choices"][0]["message"]["content"]
-    return str(text).replace(key or "\0", "[key]")
+            found, _ = json.JSONDecoder().raw_decode(answer, place)
+        except (ValueError, RecursionError):
+            found = {}
+        if "winner" in found:
+            names = {"1": order[0], "2": order[1], "tie": "tie"}
+            return names.get(str(found["winner"]), "unparsable")
+        place = answer.rfind("{", 0, place)
+    return "unparsable"
 
 
-# Appendix: report, pictures, command line
+def orders_of(pair):
+    """Both orders in which the responses can be shown, the one by lot first."""
+    return ["ab", "ba"] if pair.first == "a" else ["ba", "ab"]
+
+
+QUESTION = """[Prompt]
+{}
+
+[Response 1]
+{}
+
+[Response 2]
+{}
+
+Which response is better, judged by {}?"""
+FORMAT = """ You may think first.
+End with JSON: {"winner": "1"}, {"winner": "2"} or {"winner": "tie"}."""
+CRITERIA = {
+    "toy": "relevance, coherence, consistency and fluency",
+    "tldr": "relevance, coherence, consistency and fluency",
+    "hh": "helpfulness",
+    "webgpt": "factual accuracy, coherence and usefulness",
+}
+
+
+def question_of(pair, order, cfg):
+    """What a judge reads."""
+    one, two = (getattr(pair, side)["response"] for side in order)
+    return QUESTION.format(pair.a["prompt"], one, two, CRITERIA.get(cfg.task, "correctness"))
+
+
+class Answers:
+    """What judges have answered, in a file: an interrupted duel asks for the rest only."""
+
+    def __init__(self, path):
+        self.path = path
+        rows = read_rows(path, {"question", "answer"})
+        write_rows(path, rows)  # a last line cut short would spoil the next one
+        self.kept = {row["question"]: str(row["answer"]) for row in rows}
+
+    def keep(self, name, answer, judge, pair, order):
+        """Write one answer down, at once."""
+        self.kept[name] = answer
+        row = {"judge": judge, "number": pair.a["number"], "first": order[0]}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row | {"answer": answer, "question": name}) + "\n")
+
+
+def ask_human(question):
+    """Show one pair and wait for a verdict -> the JSON that an LLM would have answered."""
+    # Control characters in a response must not reach the terminal.
+    print("\n" + "".join(c for c in question if c.isprintable() or c == "\n"))
+    typed = ""
+    while typed not in ("1", "2", "tie"):
+        typed = input("1, 2 or tie (Ctrl-C stops): ").strip()
+    return json.dumps({"winner": typed})
+
+
+RETRIES = 5  # of a question: busy servers (429, 5xx), time-outs, lost connections
+TIMEOUT = 60.0  # seconds for one answer
+
+
+def api_key():
+    """The key, from the environment: it is neither printed nor written anywhere."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        fail("OPENAI_API_KEY holds characters that no key has (line breaks of Windows, perhaps)")
+    return key
+
+
+def without_key(text):
+    """A text that a server has sent, fit to be shown."""
+    return text.replace(api_key() or "\0", "[key]")
+
+
+def llm_client(args):
+    """A client of the endpoint, which tries again by itself."""
+    try:
+        import openai
+    except ImportError:
+        fail("--judge llm needs a package: pip install openai")
+    key = api_key() or "none"  # servers at home want none, but the package does
+    return openai.OpenAI(base_url=args.judge_url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
+
+
+def ask_llm(client, question, args):
+    """The model's answer, as text.  A server that refuses or is silent ends the duel."""
+    import openai
+
+    options = {"model": args.judge_model}
+    if args.judge_temperature != "none":
+        options["temperature"] = float(args.judge_temperature)
+    messages = [{"role": "user", "content": question}]
+    try:
+        reply = client.chat.completions.create(messages=messages, **options)
+        answer = reply.choices[0].message.content
+    except openai.APIStatusError as error:
+        problem = f"refuses (HTTP {error.status_code}): {reason_of(error)}"
+    except openai.APIConnectionError as error:  # a time-out is one, too
+        problem = f"does not answer ({reason_of(error)})"
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return ""  # not the reply of a chat: unparsable, like an answer without a verdict
+    else:
+        return without_key(str(answer))
+    hint = "; --judge_temperature none leaves it out" if "temperature" in problem else ""
+    fail(f"the judge {problem}{hint}; its verdicts are kept, the same command goes on")
+
+
+def reason_of(error):
+    """The server's own words for its refusal, in one line and without the key."""
+    body = getattr(error, "body", None)
+    words = body.get("message") if isinstance(body, dict) else body
+    return " ".join(without_key(str(words or error)).split())[:500]
+
+
+def duel_table(said, pairs):
+    """A row a judge: shares of all pairs, of the decided ones, and of those of like length."""
+    alike = []
+    for pair in pairs:
+        short, long = sorted((len(pair.a["response"]), len(pair.b["response"])))
+        alike.append(long - short <= 0.1 * long)
+    rows = []
+    for judge, verdicts in said.items():
+        counts = [str(len(verdicts)), str(verdicts.count("unparsable"))]
+        shares = [share_cell(verdicts.count(x), len(verdicts)) for x in ("a", "tie", "b")]
+        matched = [verdict for verdict, fits in zip(verdicts, alike, strict=True) if fits]
+        shares += [win_cell(verdicts), win_cell(matched)]
+        rows.append([judge, *counts, *shares, str(len(matched))])
+    heads = ["judge", "pairs", "unparsable", "win", "tie", "loss"]
+    return table([*heads, "of decided", "at matched length", "matched"], rows)
+
+
+def win_cell(verdicts):
+    """Wins among the decided pairs, with their interval."""
+    wins, losses = verdicts.count("a"), verdicts.count("b")
+    return share_cell(wins, wins + losses)
+
+
+def agreement_table(said):
+    """How well each two judges agree."""
+    rows = []
+    for one, two in combinations(said, 2):
+        count, equal, kappa = agreement(said[one], said[two])
+        rows.append([f"{one}, {two}", str(count), cell(equal), cell(kappa)])
+    return ["", *table(["judges", "pairs", "agreement", "κ"], rows)] if rows else []
+
+
+class Agreement(NamedTuple):
+    """Of two judges."""
+
+    pairs: int  # that both have judged
+    equal: float  # share of equal verdicts; None without pairs
+    kappa: float  # Cohen's: 1 for perfect, 0 for what chance gives; None if chance gives all
+
+
+def agreement(ours, theirs):
+    """Two judges' verdicts on the same pairs -> Agreement.
+
+    Below 3 of 4 agree. Verdicts dealt out at random with the same frequencies would agree in
+    (2 * 1 + 2 * 3) / 16 = 1/2 of the pairs; so κ = (3/4 - 1/2) / (1 - 1/2) = 1/2.
+
+    >>> agreement(["a", "a", "b", "b"], ["a", "b", "b", "b"])
+    Agreement(pairs=4, equal=0.75, kappa=0.5)
+    """
+    both = [pair for pair in zip(ours, theirs, strict=True) if "unparsable" not in pair]
+    if not both:
+        return Agreement(0, None, None)
+    left, right = zip(*both, strict=True)
+    equal = fmean(x == y for x, y in both)
+    chance = sum(left.count(kind) * right.count(kind) for kind in set(left)) / len(both) ** 2
+    return Agreement(len(both), equal, (equal - chance) / (1 - chance) if chance < 1 else None)
+
+
+# Appendix C. The frontier of score and KL, and the report
+#
+# A score can be bought with KL, by moving far from the reference. So a higher score at the same KL
+# is better training, and a higher score at more KL may not be. The report runs all of this chapter
+# that the runs of a folder allow, and writes it down.
+
+
+def frontier(args):
+    """Score against KL in training, smoothed: gain per nat, and score at a KL that all reach."""
+    arms = read_arms(args.run, args.arms)
+    names = score_names(arms)
+    kl = {arm: nats.mean(1) for arm, nats in smoothed(arms, "kl").items()}  # [steps] each
+    if not kl:
+        fail(f"{', '.join(args.run)}: a run there has no KL")
+    common = min(nats.max() for nats in kl.values())  # the largest KL that all arms reach
+    heads = ["arm", "KL at the end"]
+    rows = {arm: [arm, cell(nats[-1])] for arm, nats in kl.items()}
+    panels = []
+    for key, name in names.items():
+        lines = []
+        for arm, y in smoothed(arms, key).items():
+            score, nats = y.mean(1), kl[arm]  # [steps]
+            gain = (score[-1] - score[0]) / nats[-1] if nats[-1] > 0 else None
+            # Where the KL first gets to `common`: the running maximum makes it rise only.
+            there = np.interp(common, np.maximum.accumulate(nats), score)
+            rows[arm] += [cell(gain), cell(there)]
+            lines.append(Line(arm, nats, score))
+        if lines:
+            heads += [f"{name} per nat", f"{name} at {common:.2f} nats"]
+            panels.append(Panel(name, "KL to the reference, nats", lines))
+    plot(args.png, panels, f"mean of {SMOOTHING} steps")
+    return still_going(arms) + table(heads, rows.values())
+
+
+class Part(NamedTuple):
+    """A part of the report."""
+
+    title: str
+    command: object  # one of COMMANDS
+    changes: dict  # what its options are, other than those of the report
+    drawn: bool = False  # whether it has a picture
 
 
 def report(args):
-    """Everything that the runs of a folder allow, as report.md in it, with the pictures beside it."""
-    out, runs = Path(args.run[0]), runs_of(args.run[:1])
-    args, chapters = replace(args, references=True), [(curves, {}), (frontier, {})]
-    if all((run / "model").is_dir() or (run / "score").is_dir() for run in runs):
-        cfg, (*_, ((row, *_), *_)) = run_config(runs[0], args)[0], next(drawn(args, 1))
-        tested, both = row["passed"] is not None, {"temperature": [cfg.temperature, 0.0]}
-        chapters += [(score, both | {"sft": tested}), (bestofn, {"references": False})]
-        chapters += [(passk, {"references": False, "sft": True})] if tested else []
-        judges = ["rm"] if row["gold_score"] is None else ["rm", "gold"]
-        chapters += [(duel, {"a": str(run), "b": str(runs[0]), "judge": judges}) for run in runs[1:]]
-    chapters += [(heatmap, {})] if all((run / "samples.jsonl").is_file() for run in runs) else []
+    """All that the runs of a folder allow, as report.md in it, with the pictures beside it."""
+    out = Path(args.run[0])
+    runs = find_runs([out])
+    args = replace(args, references=True)
     lines = [f"# {out.name}: {', '.join(run.name for run in runs)}", ""]
-    for command, changes in chapters:
-        name = command.__name__
-        png = f"{name}.png" if command in (curves, frontier, bestofn, heatmap) else ""
-        found = command(replace(args, png=str(out / png) if png else "", **changes))
-        lines += [f"## {name} {Path(changes.get('a', '')).name}", "", command.__doc__, "", *found, ""]
-        lines += [f"![{name}]({png})", ""] if png else []
+    for part in report_parts(runs, args):
+        png = f"{part.title}.png" if part.drawn else ""
+        path = str(out / png) if png else ""
+        found = part.command(replace(args, png=path, **part.changes))
+        lines += [f"## {part.title}", "", inspect.cleandoc(part.command.__doc__), "", *found, ""]
+        lines += [f"![{part.title}]({png})", ""] if png else []
     if sft.rank() == 0:
         (out / "report.md").write_text("\n".join(lines))
     return [f"wrote {out / 'report.md'}"]
 
 
+def report_parts(runs, args):
+    """The parts of the report that these runs have the files for."""
+    parts = [Part("curves", curves, {}, True), Part("frontier", frontier, {}, True)]
+    if all((run / "model").is_dir() or (run / "score").is_dir() for run in runs):
+        cfg = read_config(runs[0], args)
+        tested = cfg.task in sft.PROGRAMS
+        both = {"temperature": [cfg.temperature, 0.0], "sft": tested}
+        parts.append(Part("score", score, both))
+        parts.append(Part("bestofn", bestofn, {"references": False}, True))
+        if tested:
+            parts.append(Part("passk", passk, {"references": False, "sft": True}))
+        judges = ["rm", "gold"] if cfg.task == "toy" else ["rm"]
+        for run in runs[1:]:
+            sides = {"a": str(run), "b": str(runs[0]), "judge": judges}
+            parts.append(Part(f"duel {run.name}", duel, sides))
+    if all((run / "samples.jsonl").is_file() for run in runs):
+        parts.append(Part("heatmap", heatmap, {}, True))
+    return parts
+
+
+# Appendix D. Finding runs, and drawing
+#
+# Where runs lie, and how pictures are laid out, has nothing to say about the method. Sizes are such
+# that a picture can be read at 900 pixels, the width of a README.
+
+
+def find_runs(folders, names=()):
+    """The runs meant: each folder is one, or holds one an arm (those named, or all)."""
+    runs = []
+    for folder in map(Path, folders):
+        if names:
+            runs += [folder / name for name in names]
+        elif (folder / "metrics.jsonl").is_file():
+            runs.append(folder)
+        else:
+            held = [path.parent for path in folder.glob("*/metrics.jsonl") if is_ppo_run(path)]
+            held.sort(key=lambda run: (run.name != "token", run))  # the baseline first
+            runs += held or [folder]
+    return runs
+
+
+def is_ppo_run(path):
+    """Whether a metrics.jsonl is of PPO, which has scores, and not of SFT or RM training."""
+    try:
+        with path.open("rb") as file:
+            line = file.readline()
+    except OSError as error:
+        fail(f"{path} cannot be read: {error}")
+    return line.endswith(b"\n") and b'"rm_score"' in line
+
+
+def read_arms(folders, names):
+    """{arm: {run folder: its rows}}.  Runs of one name in several folders are seeds of one arm."""
+    arms = {}
+    runs = find_runs(folders, names)
+    for run in runs:
+        arm = run.name
+        for name in names:  # results/toy holds `fixed` and `decay/fixed`: two arms
+            if run.as_posix().endswith("/" + name) and len(name) > len(arm):
+                arm = name
+        if arm in arms and runs == [Path(folder) for folder in folders]:
+            arm = "/".join(run.parts[-2:])  # runs that were named one by one are arms of their own
+        arms.setdefault(arm, {})[run] = read_metrics(run)
+    if len({len(runs) for runs in arms.values()}) > 1:
+        fail(f"these arms have different numbers of seeds: {', '.join(arms)}")
+    return arms
+
+
+def still_going(arms):
+    """A line for each run that has not done all its steps."""
+    lines = []
+    for arm, runs in arms.items():
+        for folder, rows in runs.items():
+            steps = read_settings(folder).get("steps")
+            if isinstance(steps, int) and len(rows) < steps:
+                name = arm if len(runs) == 1 else folder
+                lines.append(f"{name}: step {len(rows)} of {steps}; the numbers are of these")
+    return [*lines, ""] if lines else []
+
+
+def read_settings(folder):
+    """config.json of a run, {} where there is none."""
+    path = Path(folder) / "config.json"
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        fail(f"{path} cannot be read: {error}")
+    return found if isinstance(found, dict) else {}
+
+
+def read_config(folder, args):
+    """The settings of a run; micro_batch_size is the command line's, if it has one."""
+    found = read_settings(folder)
+    if "task" not in found:
+        fail(f"{folder}: no run there (config.json is missing, or not that of a run)")
+    known = vars(ma_ppo.Config())
+    cfg = ma_ppo.Config(**{name: value for name, value in found.items() if name in known})
+    return replace(cfg, micro_batch_size=args.micro_batch_size or cfg.micro_batch_size)
+
+
+RESAMPLES = 2000
+
+
+def bootstrap(values, statistic=np.mean):
+    """A statistic and its 95 % interval -> (value, low, high); (None,) of no values.
+
+    The values are drawn anew, with replacement, 2,000 times; the interval holds the middle 95 % of
+    the 2,000 statistics (percentile bootstrap). Of a handful of values it is too narrow.
+    """
+    if not len(values):
+        return (None,)
+    values = np.asarray(values, dtype=float)  # [N]
+    picks = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    found = np.sort(statistic(values[picks], axis=1))  # [RESAMPLES]
+    edge = RESAMPLES // 40  # a fortieth, 2.5 %, on either side
+    return float(statistic(values, axis=0)), float(found[edge]), float(found[-edge - 1])
+
+
+def cell(x, low=None, high=None):
+    """A number, with its interval if there is one, as text."""
+    if x is None:
+        return "–"
+    return f"{x:.2f}" if low is None else f"{x:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def table(heads, rows):
+    """The lines of a Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+@dataclass
+class Line:
+    """A curve; arrays of one length."""
+
+    label: str
+    x: object
+    y: object
+    low: object = None  # edges of a band
+    high: object = None
+    raw: object = None  # drawn thin and pale
+    marker: str = "-"
+
+
+class Panel(NamedTuple):
+    """Curves with common axes."""
+
+    ylabel: str
+    xlabel: str
+    lines: list
+
+
 def plot(png, panels, legend):
-    """Draw panels (title, x label, y label, lines) side by side; a line may have raw values and a band."""
-    canvas = figure.Figure(figsize=(4 * len(panels), 3.4), layout="constrained")
-    axes = canvas.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (title, xlabel, ylabel, lines) in zip(axes, panels, strict=True):
-        for i, line in enumerate(lines):
-            ax.plot(line["x"], line.get("raw") or line["y"], color=f"C{i}", alpha=0.25, lw=1)
-            ax.fill_between(line["x"], *line.get("band", [line["y"]] * 2), color=f"C{i}", alpha=0.2, lw=0)
-            ax.plot(line["x"], line["y"], line.get("marker", "-"), color=f"C{i}", lw=2, label=line["label"])
-        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-        ax.grid(alpha=0.3)
-    axes[0].legend(title=legend)
-    if png and sft.rank() == 0:
+    """Draw panels side by side; without a name for the picture, nothing."""
+    if not png:
+        return
+    with matplotlib.rc_context({"font.size": 12}):
+        canvas = Figure(figsize=(3.2 * len(panels), 3.2), layout="constrained")
+        axes = canvas.subplots(1, len(panels), squeeze=False)[0]
+        for ax, panel in zip(axes, panels, strict=True):
+            for i, line in enumerate(panel.lines):
+                draw_line(ax, line, f"C{i}")
+            ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+            ax.grid(alpha=0.3)
+        axes[0].legend(title=legend, fontsize=11, title_fontsize=11)
         save(canvas, png)
+
+
+def draw_line(ax, line, color):
+    """A curve, over its raw values or its band."""
+    if line.raw is not None:
+        ax.plot(line.x, line.raw, color=color, alpha=0.25, lw=1)
+    if line.low is not None:
+        ax.fill_between(line.x, line.low, line.high, color=color, alpha=0.2, lw=0)
+    ax.plot(line.x, line.y, line.marker, color=color, lw=2, label=line.label)
 
 
 def save(canvas, png):
     """Write a picture, and its folder if need be."""
+    if sft.rank() > 0:
+        return
     sft.make_folder(Path(png).parent)
     try:
-        with warnings.catch_warnings(action="ignore"):  # a character that the font lacks is drawn as a box
-            canvas.savefig(png, dpi=110, format="png")
+        with warnings.catch_warnings(action="ignore"):  # a character the font lacks becomes a box
+            canvas.savefig(png, dpi=150, format="png")
     except OSError as error:
         fail(f"cannot write {png}: {error}")
 
 
-def heatmap(args):
-    """One response, its tokens blue where they become likelier, red where less; bars begin macro actions."""
-    pages = []
-    for run in runs_of(args.run):
-        kept = [row for row in read_rows(run / "samples.jsonl", CREDIT) if row["step"] == args.step]
-        if not 0 <= args.sample < len(kept):
-            fail(f"{run}: no sample {args.sample} of step {args.step} in samples.jsonl (every tenth step is)")
-        row = kept[args.sample]
-        if {len(row[key]) for key in CREDIT - {"step"}} != {len(row["seg"]) or None}:
-            fail(f"{run}: sample {args.sample} of step {args.step} is damaged: not one entry a token")
-        cells, line, column = [], 0, 0
-        for piece in row["pieces"]:  # in lines of 100 characters
-            shown = piece.replace("\n", "⏎") or "∎"  # ∎: a token that writes nothing, usually the EOS
-            line, column = (line + 1, 0) if column and column + len(shown) > 100 else (line, column)
-            cells.append((line, column, shown))
-            column += len(shown)
-        pages.append((run.name, row, cells))
-    limit = max(abs(a) for _, row, _ in pages for a in row["advantages"]) or 1.0
-    heights = [x for *_, cells in pages for x in (0.25 * (cells[-1][0] + 1), 1.6)]  # inches
-    canvas = figure.Figure(figsize=(10, sum(heights) + len(pages)), layout="constrained")
-    font = {"family": "monospace", "fontsize": 9.3, "parse_math": False, "va": "center"}
-    axes = iter(canvas.subplots(len(heights), 1, height_ratios=heights))
-    for (name, row, cells), above, below in zip(pages, axes, axes, strict=True):
-        title = f"{name}: {row['seg'][-1] + 1} macro actions"
-        above.set(xlim=(0, 100), ylim=(cells[-1][0] + 1, 0), title=title)
-        above.axis("off")
-        for t, (line, column, text) in enumerate(cells):
-            strength, place = row["advantages"][t] / limit, (column, line + 0.08)
-            tint, ink = 0.5 + 0.45 * strength, "black" if abs(strength) < 0.7 else "white"
-            above.add_patch(patches.Rectangle(place, len(text), 0.84, color=colormaps["RdBu"](tint), lw=0))
-            above.text(column, line + 0.52, text, color=ink, **font)
-            if t == 0 or row["seg"][t] != row["seg"][t - 1]:
-                above.plot([column, column], [line + 0.08, line + 0.92], color="black", linewidth=1.5)
-                below.axvline(t - 0.5, color="0.85", linewidth=0.8)
-        below.plot(row["values"], color="C0", label="value V(s)")
-        below.step(range(len(cells)), row["returns"], where="mid", color="C3", label="return")
-        below.set(xlim=(-0.5, len(cells) - 0.5), xlabel="response token", ylabel="reward")
-        below.legend(loc="upper left", ncols=2, frameon=False)
-    save(canvas, args.png)
-    return []
+# The heatmap's parts.
+
+CREDIT = ["seg", "values", "advantages", "returns"]  # a number a token each
+
+
+def read_sample(run, step, number):
+    """One of the responses that a run keeps, {pieces: its tokens as text, seg, values, …}."""
+    kept = read_rows(run / "samples.jsonl", {"step", "pieces", *CREDIT})
+    kept = [row for row in kept if row["step"] == step]
+    what = f"sample {number} of step {step}"
+    if not 0 <= number < len(kept):
+        fail(f"{run}: no {what} in samples.jsonl, which keeps every tenth step")
+    row = kept[number]
+    kinds = {"pieces": str} | dict.fromkeys(CREDIT, int | float)
+    entries = [row[key] if isinstance(row[key], list) else [] for key in kinds]
+    lengths = {len(values) for values in entries}
+    for values, kind in zip(entries, kinds.values(), strict=True):
+        if len(lengths) > 1 or not values or not all(isinstance(x, kind) for x in values):
+            fail(f"{run}: {what} is damaged: not one entry a token")
+    return row | {"run": run.name}
+
+
+WIDTH = 90  # characters in a line of text
+FONT = {"family": "monospace", "fontsize": 11, "va": "center", "parse_math": False}
+
+
+class Place(NamedTuple):
+    """Where a token stands."""
+
+    line: int
+    column: int
+    text: str
+
+
+def lay_out(pieces):
+    """Set the tokens in lines of at most WIDTH characters, none of them broken -> Places."""
+    places = []
+    line = column = 0
+    for piece in pieces:
+        text = piece.replace("\n", "⏎") or "∎"
+        if column > 0 and column + len(text) > WIDTH:
+            line, column = line + 1, 0
+        places.append(Place(line, column, text))
+        column += len(text)
+    return places
+
+
+def heatmap_axes(layouts):
+    """A picture with two axes a response, text and curves -> (figure, [(above, below), …])."""
+    heights = []  # inches
+    for places in layouts:
+        heights += [0.3 * (places[-1].line + 1), 1.9]
+    canvas = Figure(figsize=(10, sum(heights) + len(layouts)), layout="constrained")
+    axes = canvas.subplots(len(heights), 1, height_ratios=heights)
+    return canvas, list(zip(axes[::2], axes[1::2], strict=True))
+
+
+def draw_credit(ax, sample, cells, limit):
+    """The response's text: colours are advantages, bars begin macro actions."""
+    seg = sample["seg"]
+    for t, place in enumerate(cells):
+        strength = sample["advantages"][t] / limit  # -1 to 1
+        tint = matplotlib.colormaps["RdBu"](0.5 + 0.45 * strength)
+        corner = (place.column, place.line + 0.08)
+        ax.add_patch(Rectangle(corner, len(place.text), 0.84, color=tint, lw=0))
+        ink = "black" if abs(strength) < 0.7 else "white"
+        ax.text(place.column, place.line + 0.52, place.text, color=ink, **FONT)
+        if t == 0 or seg[t] != seg[t - 1]:
+            ends = [place.line + 0.08, place.line + 0.92]
+            ax.plot([place.column] * 2, ends, color="black", linewidth=1.5)
+    title = f"{sample['run']}: {seg[-1] + 1} macro actions"
+    ax.set(xlim=(0, WIDTH), ylim=(cells[-1].line + 1, 0))
+    ax.set_title(title, fontsize=14)
+    ax.axis("off")
+
+
+def draw_values(ax, sample):
+    """The critic's value and the return of every token; grey lines begin macro actions."""
+    seg = sample["seg"]
+    for t in range(len(seg)):
+        if t == 0 or seg[t] != seg[t - 1]:
+            ax.axvline(t - 0.5, color="0.85", linewidth=0.8)
+    ax.plot(sample["values"], color="C0", label="value V, in front of the token")
+    ax.step(range(len(seg)), sample["returns"], where="mid", color="C3", label="return")
+    ax.set(xlim=(-0.5, len(seg) - 0.5))
+    ax.set_xlabel("response token", fontsize=12)
+    ax.set_ylabel("reward", fontsize=12)
+    ax.tick_params(labelsize=11)
+    ax.margins(y=0.2)  # room for the legend
+    ax.legend(loc="upper left", ncols=2, frameon=False, fontsize=12)
+
+
+# Appendix E. The command line
+#
+# One set of options for all subcommands. A new subcommand is a function(args) -> lines of text, and
+# an entry in COMMANDS.
 
 
 @dataclass
@@ -564,54 +1389,85 @@ class Options:
     """Settings of the subcommands; each reads those that its --help names."""
 
     run: list[str] = opt([], "run folders of ma_ppo.py, or --out folders that hold one per arm")
-    arms: list[str] = opt([], "curves, frontier: only these arms of the folders, the first one the baseline")
+    arms: list[str] = opt([], "curves, frontier: only these arms, the first one the baseline")
     mean: bool = opt(False, "curves, over seeds: mean ± standard deviation, not median (range)")
     png: str = opt("", "curves, frontier, bestofn, heatmap: picture to write")
     prompts: int = opt(128, "held-out prompts to sample, the first ones")
     samples: int = opt(1, "score, passk: samples of each prompt")
-    temperature: list[float] = opt([], "of sampling, one or more, 0 for greedy; default: the run's own")
+    temperature: list[float] = opt([], "of sampling; 0: greedy; default: the run's own")
     sft: bool = opt(False, "score, bestofn, passk: the SFT models that the runs started from, too")
     references: bool = opt(False, "score: the human-written responses too")
-    rouge: bool = opt(False, "score: ROUGE against the human-written responses (pip install rouge-score)")
     n: list[int] = opt([1, 2, 4, 8, 16], "bestofn: n")
     k: list[int] = opt([1, 5], "passk: k")
     a: str = opt("", "duel: a run folder")
     b: str = opt("", "duel: its opponent's")
-    judge: list[str] = opt(["rm"], "duel: gold, rm, llm, human, or several")
-    judge_url: str = opt("https://api.openai.com/v1", "llm: endpoint; the key is in OPENAI_API_KEY")
+    judge: list[str] = opt(["rm"], "duel: gold, rm, llm (pip install openai), human, or several")
+    judge_url: str = opt("https://api.openai.com/v1", "llm: endpoint; its key is in OPENAI_API_KEY")
     judge_model: str = opt("", "llm: model")
+    judge_temperature: str = opt("0", "llm: temperature; none: do not send one")
     step: int = opt(0, "heatmap: PPO step; at 0 all arms have sampled the same")
     sample: int = opt(0, "heatmap: which sample of that step")
     device: str = opt("", "cpu, cuda, ...; empty: cuda where there is one")
     micro_batch_size: int = opt(0, "responses per forward pass and rank; 0: the run's own")
 
 
-def main(argv=None):
-    """Run the subcommand named on the command line, and print its table."""
-    commands = {f.__name__: f for f in (report, curves, frontier, score, bestofn, passk, duel, heatmap)}
-    commands["seeds"] = curves
+COMMANDS = {
+    "report": report,
+    "curves": curves,
+    "seeds": curves,  # the same, of several folders
+    "frontier": frontier,
+    "score": score,
+    "bestofn": bestofn,
+    "passk": passk,
+    "duel": duel,
+    "heatmap": heatmap,
+}
+
+
+def parse(argv):
+    """The command line -> (subcommand, Options), checked."""
     parser = HfArgumentParser(Options, description=__doc__.split("\n")[0])
     parser.error = fail
-    parser.add_argument("command", choices=commands, help="what to do")
+    parser.add_argument("command", choices=COMMANDS, help="what to do")
     parser.add_argument("folder", nargs="?", help="report: the --out folder of ma_ppo.py")
     values = vars(parser.parse_args(argv))
     command, folder = values.pop("command"), values.pop("folder")
-    args = Options(**values | {"run": [folder] if folder else values["run"]})
+    args = Options(**values)
+    if folder:
+        args.run = [folder]
+    check(command, args)
+    check_judge(args)
+    return command, args
+
+
+def check(command, args):
+    """Refuse what cannot work, before anything is computed."""
     needed = {"duel": ["a", "b"], "heatmap": ["run", "png"]}.get(command, ["run"])
-    missing, mixed = [f"--{x}" for x in needed if not getattr(args, x)], command == "report" and args.run[1:]
-    if missing or mixed:
-        fail(f"{command} needs {' and '.join(missing) or 'one folder'}")
-    counts = (args.prompts, args.samples, *args.n, *args.k)
-    if min(counts) < 1 or not all(0 <= t < math.inf for t in args.temperature):
-        fail("--prompts, --samples, --n and --k must be at least 1, --temperature at least 0")
-    unfit = "llm" in args.judge and not (args.judge_model and args.judge_url.startswith("http"))
-    if unfit or not {*args.judge} <= {"gold", "rm", "llm", "human"}:
-        fail("--judge: gold, rm, human, or llm with --judge_model and a --judge_url of http")
-    sft.check(ma_ppo.Config(device=args.device, batch_size=int(os.environ.get("WORLD_SIZE", 1))))
-    sft.setup(args.device)
-    with suppress(KeyboardInterrupt, EOFError):
-        return sft.print0("\n".join(commands[command](args)))
-    fail("interrupted; verdicts given so far are kept: the same command goes on")
+    missing = [f"--{name}" for name in needed if not getattr(args, name)]
+    if missing:
+        fail(f"{command} needs {' and '.join(missing)}")
+    if command == "report" and len(args.run) > 1:
+        fail(f"report needs one folder, got {len(args.run)}")
+    least = min(args.prompts, args.samples, *args.n, *args.k)
+    if least < 1:
+        fail(f"--prompts, --samples, --n and --k must be at least 1, got {least}")
+    if not all(0 <= t < math.inf for t in args.temperature):
+        fail(f"--temperature must be 0 or more, got {args.temperature}")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))  # the device is checked as for training
+    sft.check(ma_ppo.Config(device=args.device, batch_size=ranks))
+
+
+def check_judge(args):
+    """The same for the options of `duel`."""
+    if not args.judge or not set(args.judge) <= JUDGES.keys():
+        fail(f"--judge must be among {', '.join(JUDGES)}, got {args.judge}")
+    if "llm" in args.judge and not args.judge_model:
+        fail("--judge llm needs --judge_model")
+    host = r"[\w.-]+|\[[0-9a-fA-F:]+\]"
+    if not re.fullmatch(rf"https?://({host})(:\d+)?(/\S*)?", args.judge_url):
+        fail(f"--judge_url must be a URL such as https://host/v1, got {args.judge_url}")
+    if not re.fullmatch(r"none|\d+(\.\d+)?", args.judge_temperature):
+        fail(f"--judge_temperature must be a number or none, got {args.judge_temperature}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import re
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 
@@ -46,7 +47,7 @@ def test_smoothing_never_looks_ahead():
 
 
 def test_parity_worked_by_hand():
-    # Five steps at 0, then ten at 10: smoothed 0 0 0 0 0 2 4 6 8 10 ...: half at step 7, nine tenths at 9.
+    # Five steps at 0, then ten at 10: smoothed 0 0 0 0 0 2 4 6 8 10: half at 7, nine tenths at 9.
     slow = [0] * 5 + [10] * 10
     fast = [0] * 2 + [10] * 13  # smoothed 0 0 10/3 5 6 8 10 ...: half at step 3, nine tenths at 6
     assert parity(slow, slow, 0.5) == 1
@@ -59,7 +60,9 @@ def test_parity_is_none_without_a_gain_or_when_the_target_is_never_reached():
     assert parity(falling, rising, 0.5) is None
     assert parity(flat, rising, 0.5) is None
     assert parity(rising, flat, 0.9) is None
-    assert parity(rising, flat, 0.1) is not None  # 3 is above a tenth of the gain: reached at step 0
+    assert (
+        parity(rising, flat, 0.1) is not None
+    )  # 3 is above a tenth of the gain: reached at step 0
     assert parity(rising, flat, 0.1) == 0
 
 
@@ -75,7 +78,13 @@ def test_the_closing_table_can_be_recomputed_from_the_metrics(tmp_path, capsys):
     header, rule, *lines = closing_table(runs, tmp_path, capsys)
     assert len({len(cells_of(line)) for line in (header, rule, *lines)}) == 1
     for line, name, rm, gold, eos, seconds in zip(
-        lines, ("token", "fixed"), (base_rm, fast_rm), (base_gold, fast_gold), (1, 0.5), (2, 3), strict=True
+        lines,
+        ("token", "fixed"),
+        (base_rm, fast_rm),
+        (base_gold, fast_gold),
+        (1, 0.5),
+        (2, 3),
+        strict=True,
     ):
         last = [sum(x[-5:]) / 5 for x in (rm, gold)]
         gain = (last[1] - gold[0]) / 2.0  # in standard deviations of the first step's samples
@@ -85,7 +94,11 @@ def test_the_closing_table_can_be_recomputed_from_the_metrics(tmp_path, capsys):
                 target = base[0] + share * (sum(base[-5:]) / 5 - base[0])
                 reached = [
                     next(
-                        (i for i in range(30) if sum(x[max(0, i - 4) : i + 1]) / min(5, i + 1) >= target),
+                        (
+                            i
+                            for i in range(30)
+                            if sum(x[max(0, i - 4) : i + 1]) / min(5, i + 1) >= target
+                        ),
                         None,
                     )
                     for x in (base, mine)
@@ -110,7 +123,9 @@ def test_the_table_of_a_run_of_one_step_has_no_parity(tmp_path, capsys):
 
 
 def test_a_gold_gain_without_spread_is_left_open(tmp_path, capsys):
-    *_, line = closing_table({"token": rows_of([0, 1, 2], [1, 2, 3], gold_score_std=0.0)}, tmp_path, capsys)
+    *_, line = closing_table(
+        {"token": rows_of([0, 1, 2], [1, 2, 3], gold_score_std=0.0)}, tmp_path, capsys
+    )
     assert cells_of(line)[3] == "–"
 
 
@@ -140,8 +155,51 @@ def test_a_picture_that_cannot_be_written_is_one_line_with_exit_code_2(tmp_path,
     one_error_line(capsys, "curves", "--run", run, "--png", str(tmp_path / "file" / "curves.png"))
 
 
+def test_a_run_that_is_still_going_shows_where_it_is(tmp_path, capsys):
+    runs = [write_run(tmp_path / name, rows_of(range(20))) for name in ("token", "fixed")]
+    for run in runs:
+        (Path(run) / "config.json").write_text('{"steps": 20}')
+    with (Path(runs[1]) / "metrics.jsonl").open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows_of(range(7)))
+        file.write('{"step": 7, "rm_sc')  # being written
+    png = tmp_path / "curves.png"
+    chapter5.main(["curves", "--run", *runs, "--png", str(png)])
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("fixed: step 7 of 20")
+    assert not any("step 20" in line for line in lines)
+    assert cells_of(lines[-1])[1] == "4.00"  # the mean of 2 to 6
+    assert png.is_file()
+    chapter5.main(["frontier", "--run", *runs])
+    assert "fixed: step 7 of 20" in capsys.readouterr().out
+
+
+def test_an_arm_that_has_written_no_whole_line_yet_is_left_out(tmp_path, capsys):
+    write_run(tmp_path / "token", rows_of([0, 1, 2]))
+    write_run(tmp_path / "fixed", [])
+    (tmp_path / "fixed" / "metrics.jsonl").write_bytes(b'{"rm_score": 1.0, "kl\xc3')
+    chapter5.main(["curves", "--run", str(tmp_path)])
+    assert "fixed" not in capsys.readouterr().out
+
+
+def test_programs_are_not_said_to_have_an_rm(tmp_path, capsys):
+    header, *_ = closing_table({"token": rows_of([0, 1, 2, 3], pass_rate=0.5)}, tmp_path, capsys)
+    assert "RM" not in header
+    assert cells_of(header)[1] == "score of the unit tests"
+    assert cells_of(header)[-1] == "pass rate"
+
+
+@pytest.mark.parametrize(
+    "line", ["[1]", "{", "\xff", '{"rm_score": "x", "kl": 0, "seconds": 1}', "[" * 9999]
+)
+def test_metrics_of_another_kind_are_one_line_with_exit_code_2(tmp_path, capsys, line):
+    (tmp_path / "metrics.jsonl").write_bytes(line.encode("latin-1") + b"\n")
+    assert str(tmp_path) in one_error_line(capsys, "curves", "--run", str(tmp_path))
+
+
 @pytest.mark.parametrize("gold", [None, [1, 2, 3, 4]], ids=["without gold", "with gold"])
-def test_the_picture_has_a_panel_for_every_metric_that_all_runs_have(tmp_path, capsys, monkeypatch, gold):
+def test_the_picture_has_a_panel_for_every_metric_that_all_runs_have(
+    tmp_path, capsys, monkeypatch, gold
+):
     from matplotlib.figure import Figure
 
     figures, save = [], Figure.savefig
@@ -202,19 +260,13 @@ def test_the_heatmap_shows_every_token_of_every_run(tmp_path, capsys, monkeypatc
     assert len(figures[0].axes) == 4
 
 
-def test_tokens_fill_lines_of_a_hundred_characters_and_are_never_broken(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: figures.append(figure))
-    pieces = ["x" * 60, "y" * 40, "z", "w" * 99, "a\nb", ""]
-    more = {name: [0, 0, 0, 0, 0, 0] for name in ("seg", "values", "advantages", "returns")}
-    run = write_samples(tmp_path / "token", 0, pieces=pieces, **more)
-    chapter5.main(["heatmap", "--run", run, "--png", str(tmp_path / "heatmap.png")])
-    texts = figures[0].axes[0].texts
-    places = [(t.get_position()[0], t.get_position()[1] - 0.52) for t in texts]
-    assert places == [(0, 0), (60, 0), (0, 1), (1, 1), (0, 2), (3, 2)]
-    assert [t.get_text() for t in texts][-2:] == ["a⏎b", "∎"]
+def test_tokens_fill_lines_and_are_never_broken():
+    width = chapter5.WIDTH
+    pieces = ["x" * (width - 30), "y" * 30, "z", "w" * (width - 1), "a\nb", ""]
+    places = chapter5.lay_out(pieces)
+    found = [(place.column, place.line) for place in places]
+    assert found == [(0, 0), (width - 30, 0), (0, 1), (1, 1), (0, 2), (3, 2)]
+    assert [place.text for place in places][-2:] == ["a⏎b", "∎"]
 
 
 def test_a_missing_sample_is_named_in_one_line_with_exit_code_2(tmp_path, capsys):
@@ -227,9 +279,18 @@ def test_a_missing_sample_is_named_in_one_line_with_exit_code_2(tmp_path, capsys
 
 @pytest.mark.parametrize(
     "line",
-    ["{", "[1]", '{"step": 0}', "", "\x00", json.dumps(SAMPLE | {"step": 0, "values": [1]}),
-     json.dumps({key: [] for key in SAMPLE} | {"step": 0})],
-)  # fmt: skip
+    [
+        "{",
+        "[1]",
+        '{"step": 0}',
+        "",
+        "\x00",
+        json.dumps(SAMPLE | {"step": 0, "values": [1]}),
+        json.dumps(SAMPLE | {"step": 0, "returns": 5}),
+        json.dumps(SAMPLE | {"step": 0, "advantages": [None] * 4}),
+        json.dumps({key: [] for key in SAMPLE} | {"step": 0}),
+    ],
+)
 def test_damaged_samples_are_one_line_with_exit_code_2(tmp_path, capsys, line):
     (tmp_path / "samples.jsonl").write_text(line + "\n")
     png = str(tmp_path / "heatmap.png")
