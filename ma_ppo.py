@@ -114,6 +114,7 @@ class Config(sft.Config):
     steps: int = opt(60, "PPO steps: one rollout of the whole batch, then ppo_epochs updates")
     batch_size: int = opt(64, "responses per step, over all ranks (paper: 256)")
     micro_batch_size: int = opt(64, "responses per forward pass and rank: memory, not the result")
+    sort_by_length: bool = opt(False, "micro-batches of like length: less padding, other rounding")
     sample_batch_size: int = opt(0, "responses sampled at once by a rank; 0: all of its share")
     lr: float = opt(5e-4, "learning rate of the policy, constant after the warm-up")
     critic_lr: float = opt(1e-3, "learning rate of the critic")
@@ -142,6 +143,7 @@ class Config(sft.Config):
     model: str = opt("", "what sft.py starts from, if OUT/sft has to be made")
     sft: str = opt("", "SFT model: policy and reference; empty: OUT/sft, made if missing")
     reward_model: str = opt("", "RM: the score, and the critic's start; empty: OUT/reward")
+    trust_programs: bool = opt(False, "apps: run programs without bubblewrap, under limits only")
     save_every: int = opt(20, "steps between checkpoints; 0: only at the end and when interrupted")
 
 
@@ -263,6 +265,7 @@ def generate(model, prompts, uniforms, tokenizer, cfg):
     place = sft.positions(attention)  # [B, P]
     cache, sampled = None, []
     done = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)  # [B]
+    ends = torch.tensor(sft.end_ids(tokenizer), device=model.device)  # any of them ends a response
     with sft.autocast(model, cache=True):  # weights are cast once, not for every token
         for u in uniforms.to(model.device).T:  # [B]
             output = model(
@@ -274,21 +277,25 @@ def generate(model, prompts, uniforms, tokenizer, cfg):
                 logits_to_keep=1,
             )
             cache = output.cache
-            logprobs = shaped(output.logits[:, -1].float(), cfg)  # [B, V]
+            logits = sft.possible(output.logits[:, -1].float(), model)  # [B, V]
+            logprobs = shaped(logits, cfg)  # [B, V]
             tokens = draw(logprobs, u)[:, None]  # [B, 1]
             sampled.append(tokens)
-            done |= tokens.squeeze(1) == tokenizer.eos_token_id
+            done |= torch.isin(tokens.squeeze(1), ends)
             if everywhere(done.all(), model):
                 break
             attention = torch.cat([attention, torch.ones_like(tokens)], 1)  # [B, P+t+1]
             place = place[:, -1:] + 1  # [B, 1]
     rows = torch.cat(sampled, 1).tolist()
-    return [up_to_end(row, tokenizer.eos_token_id) for row in rows]
+    return [up_to_end(row, sft.end_ids(tokenizer)) for row in rows]
 
 
-def up_to_end(row, eos):
+def up_to_end(row, ends):
     """A sampled row up to its first end mark; rows that end early were sampled on for nothing."""
-    return row[: row.index(eos) + 1] if eos in row else row
+    for place, token in enumerate(row):
+        if token in ends:
+            return row[: place + 1]
+    return row
 
 
 def everywhere(done, model):
@@ -343,7 +350,7 @@ def draw(logprobs, uniforms):
 @torch.no_grad()
 def judge(rollout, models, examples, tokenizer, cfg):
     """Ask policy and reference for log-probabilities, the critic for values, the RM for scores."""
-    rollout.parts = micro_batches(rollout.batch, cfg.micro_batch_size)
+    rollout.parts = micro_batches(rollout.batch, cfg.micro_batch_size, cfg.sort_by_length)
     blank = torch.zeros(rollout.batch.mask.shape, device=rollout.batch.mask.device)  # [B, T]
     for name in ("logprobs", "ref_logprobs", "entropy", "values"):
         setattr(rollout, name, blank.clone())
@@ -361,25 +368,27 @@ def judge(rollout, models, examples, tokenizer, cfg):
     score(rollout, models, examples, tokenizer, cfg)
 
 
-def micro_batches(batch, size):
+def micro_batches(batch, size, sort=False):
     """A batch in parts of at most `size` rows: a list of (row numbers LongTensor [b], Batch).
 
-    Rows of similar length are together, and the columns in which all of them have padding are cut
-    off: they would be computed, and thrown away.
+    sort: rows of similar length together, without the columns in which all have padding. These
+    would be computed and thrown away. It changes nothing but the rounding of sums.
     """
     count, T = batch.mask.shape
     P = batch.attention.shape[1] - T
-    if count <= size:
-        return [(torch.arange(count, device=batch.mask.device), batch)]
     prompts = batch.attention[:, :P].sum(1).tolist()  # lengths in tokens
     responses = batch.mask.sum(1).tolist()
-    order = sorted(range(count), key=lambda i: prompts[i] + responses[i])
+    order = list(range(count))
+    if sort:
+        order.sort(key=lambda i: prompts[i] + responses[i])
     parts = []
     for part in sft.micro_slices(count, size):
-        rows = order[part]
-        left = P - max(prompts[i] for i in rows)
-        right = max(responses[i] for i in rows)
-        rows = torch.tensor(rows, device=batch.mask.device)  # [b]
+        numbers = order[part]
+        rows = torch.tensor(numbers, device=batch.mask.device)  # [b]
+        left, right = 0, T
+        if sort:
+            left = P - max(prompts[i] for i in numbers)
+            right = max(responses[i] for i in numbers)
         tokens = batch.tokens[rows, left : P + right]  # [b, columns]
         attention = batch.attention[rows, left : P + right]  # [b, columns]
         parts.append((rows, sft.Batch(tokens, attention, batch.mask[rows, :right])))
@@ -421,7 +430,7 @@ def score(rollout, models, examples, tokenizer, cfg):
         rollout.passed = (scores == 1) & stopped  # [B]
     else:
         scores = torch.zeros(len(examples), device=stopped.device)  # [B]
-        for rows, batch in micro_batches(rollout.batch, cfg.micro_batch_size):
+        for rows, batch in micro_batches(rollout.batch, cfg.micro_batch_size, cfg.sort_by_length):
             scores[rows] = reward.last_token_scores(models["reward"], batch)
     rollout.scores = torch.where(stopped, scores, cfg.no_eos_score)  # [B]
     if cfg.task == "toy":
@@ -431,7 +440,8 @@ def score(rollout, models, examples, tokenizer, cfg):
 
 def ended(batch, tokenizer):
     """Which responses contain an end mark.  -> BoolTensor [B]"""
-    return ((batch.responses == tokenizer.eos_token_id) & batch.mask.bool()).any(1)
+    ends = torch.tensor(sft.end_ids(tokenizer), device=batch.mask.device)
+    return (torch.isin(batch.responses, ends) & batch.mask.bool()).any(1)
 
 
 # Step 3. Macro actions.
@@ -769,7 +779,8 @@ def load_prompts(tokenizer, cfg):
     for row in sft.load_share(cfg, "ppo", *fields):
         rows.setdefault(row["prompt"], row)
     rows = list(rows.values())
-    sft.report_cuts(rows, tokenizer, cfg, ["prompt"])
+    sft.announce(tokenizer, cfg)
+    rows = sft.usable_rows(rows, tokenizer, cfg, ["prompt"])
     encoded = sft.encode(rows, tokenizer, cfg, ["prompt"])
     prompts = []
     for number, (row, ids) in enumerate(zip(rows, encoded, strict=True)):
@@ -999,6 +1010,8 @@ def parse(argv):
     check_choices(cfg)
     check_arms(cfg)
     check_folders(cfg)
+    if cfg.task in sft.PROGRAMS:
+        reward.check_sandbox(cfg.task, cfg.trust_programs)
     return cfg
 
 

@@ -24,25 +24,24 @@ Contents
 You may stop reading at Appendix A.
 """
 
+import atexit
 import functools
+import itertools
 import json
 import math
 import os
+import queue
 import random
-import select
+import secrets
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
-import time
-import atexit
-import contextlib
-import ctypes
-import inspect
-import resource
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 import torch
@@ -216,16 +215,18 @@ def train(cfg):
     device = sft.setup(cfg.device, cfg.timeout)  # join the other ranks, if there are any
     rows = load_pairs(cfg, "rm")  # this chapter's share of the preference pairs
     test = load_pairs(cfg, "test")  # held out
-    cfg.steps = sft.count_steps(cfg, len(rows))
     out = sft.claim(cfg.out)  # the run's folder, held against other runs
     if sft.finished(cfg, out):
         return
     model, tokenizer = start_model(cfg, device)  # the SFT trunk under a new head
+    sft.announce(tokenizer, cfg)  # how prompts begin and responses end
+    rows = sft.usable_rows(rows, tokenizer, cfg, PAIR)  # without pairs that are equal once cut
+    test = sft.usable_rows(test, tokenizer, cfg, PAIR)
+    cfg.steps = sft.count_steps(cfg, len(rows))
     sft.prepare(model, cfg, device)
     optimizer = sft.make_optimizer(model)
     print0(f"RM: {len(rows):,} preference pairs, batches of {cfg.batch_size} -> {out}")
 
-    sft.report_cuts(rows, tokenizer, cfg, PAIR)
     run = sft.Run(cfg, out, "reward", {"model": model}, {"model": optimizer})
     run.begin()  # at step 0, or where an interrupted run was
     for step in run.steps():
@@ -240,6 +241,7 @@ def train(cfg):
 
     result = evaluate(model, test, tokenizer, cfg, device)
     demonstrations = sft.load_share(cfg, "rm", "response")[:512]
+    demonstrations = sft.usable_rows(demonstrations, tokenizer, cfg)
     result["bias"] = center(model, demonstrations, tokenizer, cfg, device)
     report(result)
     sft.save_models([model, tokenizer], out)
@@ -267,7 +269,9 @@ def start_model(cfg, device):
 def load_tokenizer(folder):
     """The tokenizer that sft.py saved with the model, which has a PAD token that is not EOS."""
     tokenizer = sft.load_or_fail(AutoTokenizer.from_pretrained, folder)
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+    pad = tokenizer.pad_token_id
+    sft.conventions(tokenizer)
+    if tokenizer.pad_token_id != pad:  # it had none of its own, and was given one just now
         sft.fail(f"{folder}: the tokenizer has no PAD of its own; make the folder with sft.py")
     return tokenizer
 
@@ -475,339 +479,454 @@ def any_summary(rng, facts):
     return sft.toy_summary(rng, facts, share, wrong, rng.randint(0, 4), sft.TOY_LONGEST)
 
 
-# Unit tests as a reward (SPEC 7): running programs that a model wrote, maybe hostile ones. Bare Pythons, the
-# servers, fork a keeper per test, and that the sandboxed process. It never sees expected outputs: its answer
-# is compared here, as text. So no trick on itself, its harness or its pipes earns more than a right answer.
+# Appendix B. Programs: a reward from unit tests.
+#
+# For code, no model has to guess what people like: a program is run on a problem's unit tests, and the
+# share that it passes is the reward. But a policy in training writes anything, programs that never
+# end or delete files among them. So every test runs in a process of its own, in a sandbox without
+# network, files or other processes (bubblewrap), with limits on time and memory. The sandbox never
+# learns the expected outputs: it sends back what the program answered, which is compared out here.
+# No trick on the harness can earn more than a right answer does.
+
+FAILURES = {"compile error": -1.0, "runtime error": -0.6, "time-out": -0.6}
 
 
-def program_rewards(programs: list[str], problems: list[dict], timeout: float = 4.0) -> list[float]:
-    """SPEC 7's reward of each program on its problem's unit tests; arguments as in `run_programs`."""
-    failures = {"compile error": -1.0, "runtime error": -0.6, "time-out": -0.6}
-    results = run_programs(programs, problems, timeout)
-    return [failures.get(status, -0.3 + 1.3 * passed / total) for status, passed, total in results]
+def program_rewards(programs, problems, timeout=4.0) -> list[float]:
+    """The paper's reward of each program on its problem's tests; arguments as in `run_programs`.
+
+    -1 if Python cannot compile it, -0.6 if a test ends in an error or takes too long, else from -0.3
+    (no test passed) to 1 (all of them).
+
+    What is right is what APPS' own harness accepts, but for slips that a policy would learn to use:
+    who prints the answer and then crashes, or exits with a status other than 0, has not finished; of
+    several expected results the first is not enough; lines, and words of a line, may come in another
+    order, but each as often as expected (or else "YES NO" would pass wherever both occur); whole
+    numbers are equal or not (its tolerance takes 100001 for 100000). And there is no numpy.
+    """
+    rewards = []
+    for status, passed, total in run_programs(programs, problems, timeout):
+        rewards.append(FAILURES.get(status, -0.3 + 1.3 * passed / total))
+    return rewards
 
 
 def run_programs(programs, problems, timeout=4.0) -> list[tuple[str, int, int]]:
-    """Per program (status, tests passed, tests); a right one has status "ran" and passed all its tests.
+    """Per program (status, tests passed, tests); a right one has status "ran" and passed all tests.
 
-    programs: sources.  problems: each one's {input_output: …}, as in APPS (SPEC 9).  timeout: seconds a test.
-    Status is ran, compile error, runtime error or time-out; the first test to meet one of the last three is a
-    program's last.  Raises ValueError if a problem has no tests.
+    programs: sources, also in a Markdown fence.  problems: of each, {input_output: as in
+    `sft.check_tests`}.  timeout: seconds a test.  Status is ran, compile error, runtime error or
+    time-out; the first test to end in one of the last three is a program's last.
     """
+    tests = [unit_tests(problem) for problem in problems]
+    idle, threads = server_pool(os.getpid())
 
-    def judge(program, function, tests):
-        """Run one program on its tests, up to the first failure -> (status, passed, total)."""
+    def judge(program, tests):
+        """Run one program on its tests, in a server that is idle."""
         passed = 0
-        for given, expected in tests:
-            job = {"program": program, "function": function, "input": given, "timeout": timeout}
-            if (reply := _server.run(job))[0] != "ran":
-                return reply[0], passed, len(tests)
-            passed += _is_right(reply[1], expected, function)
-        return "ran", passed, len(tests)
+        server = idle.get()
+        try:
+            for test, expected in tests:
+                reply = server.run(test | {"program": program, "timeout": timeout})
+                if reply["status"] != "ran":
+                    break
+                same = same_result if test["function"] else same_output
+                passed += same(reply["answer"], expected)
+        finally:
+            idle.put(server)
+        return reply["status"], passed, len(tests)
 
-    jobs = [
-        (program, *_unit_tests(problem))
-        for program, problem in zip(programs, problems, strict=True)
-    ]
-    return list(_threads(os.getpid()).map(lambda job: judge(*job), jobs))
-
-
-def _unit_tests(problem):
-    """A problem's function name, None for standard input and output; its (input, expected output) pairs."""
-    given = problem["input_output"]
-    given = json.loads(given if isinstance(given, str) else json.dumps(given))
-    inputs, outputs, function = given["inputs"], given["outputs"], given.get("fn_name")
-    if not inputs or len(inputs) != len(outputs):
-        raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs are no unit tests")
-    if not function:
-        sides = inputs, outputs
-        inputs, outputs = (["\n".join([x] if isinstance(x, str) else x) for x in y] for y in sides)
-    return function or None, list(zip(inputs, outputs, strict=True))
-
-
-def _is_right(answer, expected, function):
-    """Whether a program's answer, a text, is the expected one, which APPS may have wrapped in a list."""
-    if not function:
-        given, wanted = (
-            [line.rstrip() for line in x.rstrip().split("\n")] for x in (answer, expected)
-        )
-        return given == wanted
-    try:
-        return (value := json.loads(answer)) == expected or [value] == expected
-    except (ValueError, RecursionError):  # not plain data; a number of over 4,300 digits; too deep
-        return False
+    jobs = list(zip(programs, tests, strict=True))
+    return list(threads.map(lambda job: judge(*job), jobs))
 
 
 @functools.cache
-def _threads(process):
-    """The threads of this process, whose id is `process`: one per core, shared among a machine's ranks."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return ThreadPoolExecutor(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+def server_pool(process):
+    """The servers of this process (its id), and a thread each: one a core, shared among ranks."""
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        cores = len(os.sched_getaffinity(0))
+    count = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    idle = queue.SimpleQueue()
+    for _ in range(count):
+        idle.put(Server())
+    return idle, ThreadPoolExecutor(count)
 
 
-class _Server(threading.local):
-    """The server process of each thread; a new one where the last has died."""
+def unit_tests(problem):
+    """A problem's tests: [({function, or None for a script; input}, expected output)]."""
+    tests = problem["input_output"]
+    # By way of JSON, as answers come: a tuple is a list there, and all keys are text.
+    tests = sft.check_tests(tests if isinstance(tests, str) else json.dumps(tests))
+    function = tests.get("fn_name") or None
+    pairs = []
+    for given, expected in zip(tests["inputs"], tests["outputs"], strict=True):
+        if not function:  # APPS gives some texts as lists of lines
+            given = given if isinstance(given, str) else "\n".join(given)
+            expected = expected if isinstance(expected, str) else "\n".join(expected)
+        pairs.append(({"function": function, "input": given}, expected))
+    return pairs
 
-    process = None
 
-    def run(self, job):
-        """Run one job -> [status, answer]; a server that dies or hangs is the program's runtime error."""
-        self.process = self.process or self.start()
-        watchdog = threading.Timer(job["timeout"] + 10, os.killpg, (self.process.pid, 9))
+def same_result(answer, expected):
+    """Whether a function's result, as JSON, is as expected; APPS puts some of those into a list."""
+
+    def whole(digits):  # reading a million digits takes minutes: long numbers stay text
+        return int(digits) if len(digits) < 4300 else ("whole", digits)
+
+    try:
+        result = json.loads(answer, parse_int=whole)
+        expected = json.loads(json.dumps(expected), parse_int=whole)
+        return result == expected or [result] == expected
+    except (ValueError, RecursionError):  # not plain data, or nested too deeply
+        return False
+
+
+def same_output(printed, expected):
+    """Whether a script printed the expected words, in any order, or nearly the same numbers."""
+    printed = [line.split() for line in printed.splitlines() if line.strip()]
+    expected = [line.split() for line in expected.splitlines() if line.strip()]
+    if sorted(map(sorted, printed)) == sorted(map(sorted, expected)):
+        return True
+    if list(map(len, printed)) != list(map(len, expected)):
+        return False
+    pairs = zip(itertools.chain(*printed), itertools.chain(*expected), strict=True)
+    try:
+        return all(same_number(word, wanted) for word, wanted in pairs)
+    except (ValueError, ArithmeticError):  # a word that is no number
+        return False
+
+
+def same_number(word, wanted):
+    """Whether two numbers agree to 3 decimals or 5 digits (np.allclose); whole ones, to the last."""
+    if word.lstrip("+-").isdecimal() and wanted.lstrip("+-").isdecimal():
+        return Decimal(word) == Decimal(wanted)
+    x, y = float(word), float(wanted)
+    return round(x, 3) == round(y, 3) or math.isclose(x, y, rel_tol=1e-5, abs_tol=1e-8)
+
+
+def check_sandbox(task, trust=False):
+    """Stop where programs of `task` must not run: not the toy's, no sandbox, and no `trust`."""
+    if task not in ("toy-code", *sft.PROGRAMS) or task == "toy-code" or trust or sandbox():
+        return
+    sft.fail(
+        f"--task {task} runs what a model wrote, and bubblewrap, its sandbox, is missing or may not "
+        "make namespaces: apt install bubblewrap, or risk your files with --trust_programs"
+    )
+
+
+PYTHON = os.path.realpath(sys._base_executable)  # not a virtual environment's: no packages
+# All that programs see of our environment; with this seed, sets have the same order in every run.
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "LD_LIBRARY_PATH": f"/python/lib:{sys.base_prefix}/lib"}
+
+
+@functools.cache
+def sandbox():
+    """The command that runs another in bubblewrap; empty where that does not work.
+
+    All that is inside: Python (at /python), the system's libraries, and 64 MB of /tmp to write to.
+    """
+    base = shlex.quote(sys.base_prefix)
+    command = f"""
+        --die-with-parent --new-session
+        --unshare-pid --unshare-net --unshare-ipc --unshare-uts
+        --dir /python --dir /python/bin --ro-bind {shlex.quote(PYTHON)} /python/bin/python
+        --ro-bind-try {base}/lib /python/lib --ro-bind-try {base}/lib64 /python/lib64
+        --dir /usr --ro-bind-try /usr/lib /usr/lib --ro-bind-try /usr/lib64 /usr/lib64
+        --ro-bind-try /lib /lib --ro-bind-try /lib64 /lib64 --ro-bind-try /nix /nix
+        --proc /proc --dev /dev --remount-ro /dev
+        --perms 1777 --size {1 << 26} --tmpfs /tmp --chdir /tmp --remount-ro /
+    """
+    if os.geteuid() == 0:  # no limit holds for root: the server becomes somebody else
+        command += "--cap-add CAP_SETUID --cap-add CAP_SETGID"
+    else:
+        command += "--unshare-user"
+    bwrap = shutil.which("bwrap")
+    if not bwrap:
+        return []
+    command = [bwrap, *shlex.split(command)]
+    test = [*command, "/python/bin/python", "-c", ""]
+    done = subprocess.run(test, env=ENVIRONMENT, capture_output=True)
+    return command if done.returncode == 0 else []
+
+
+class Server:
+    """A Python in the sandbox that runs one test at a time; it forks, faster than a new start."""
+
+    patience = 10  # seconds beyond a test's time-out after which the server itself must hang
+
+    def __init__(self):
+        self.process = None  # started by the first test
+        self.owner = os.getpid()
+        atexit.register(self.stop)
+
+    def run(self, test):
+        """Run one test -> {status, answer (text)}; a runtime error if the server ends or hangs."""
+        if self.process is None or self.process.poll() is not None:
+            self.start()
+        watchdog = threading.Timer(test["timeout"] + self.patience, self.process.kill)
         watchdog.start()
         try:
-            print(json.dumps(job), file=self.process.stdin, flush=True)
-            return json.loads(self.process.stdout.readline())
+            print(json.dumps(test), file=self.process.stdin, flush=True)
+            reply = json.loads(self.process.stdout.readline())
         except (OSError, ValueError):
-            os.killpg(self.process.pid, 9)
-            self.process = self.process.communicate() and None
-            return ["runtime error", ""]
-        finally:
-            watchdog.cancel()
+            reply = {"status": "runtime error", "answer": "", "spent": True}
+        watchdog.cancel()
+        if reply["spent"]:
+            self.stop()
+        return reply
 
     def start(self):
-        """Start a process that sees only Python's standard library, and warn of what its sandbox lacks."""
-        source = "import atexit, contextlib, ctypes, json, os, random, resource, select, shutil, sys, time\n"
-        source += "import tempfile, threading\nfrom pathlib import Path\n" + inspect.getsource(
-            _Sandbox
+        """Start the process: in bubblewrap or, without, in a folder of its own under limits only."""
+        self.stop()
+        user = -1  # stay who we are
+        if os.geteuid() == 0:
+            user = 0x70000000 + secrets.randbelow(1 << 27)  # nobody else has this id
+        self.folder = None
+        environment = dict(ENVIRONMENT)
+        command = [*sandbox(), "/python/bin/python"]
+        if not sandbox():
+            say_once("programs run under limits only, in no sandbox: apt install bubblewrap")
+            command = [PYTHON]
+            self.folder = tempfile.mkdtemp()
+            environment["TMPDIR"] = self.folder
+            os.chown(self.folder, user, -1)
+        command += ["-P", "-s", "-S", "-X", "utf8", "-c", SERVER]
+        self.process = subprocess.Popen(
+            [*command, str(user), "sandbox" if sandbox() else ""],
+            cwd=self.folder,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
-        command = [sys.executable, "-P", "-s", "-S", "-c", source + "_Sandbox().serve()"]
-        pipes = {
-            "stdin": subprocess.PIPE,
-            "stdout": subprocess.PIPE,
-            "text": True,
-            "start_new_session": True,
-        }
-        process = subprocess.Popen(
-            command, env={"PYTHONHASHSEED": "0"}, **pipes
-        )  # sets in the same order
-        atexit.register(lambda: process.stdin.close() or process.wait())
-        if not (greeting := process.stdout.readline()):
-            raise RuntimeError(
-                f"{sys.executable} started no server for programs; its error stands above"
-            )
-        if greeting.strip():
-            _print_once(
-                f"programs run without {greeting.strip()} here: see README.md", file=sys.stderr
-            )
-        return process
+        if not self.process.stdout.readline():
+            raise RuntimeError(f"{PYTHON} started no server for programs; why stands above")
+
+    def stop(self):
+        """Kill the process, which ends all in its sandbox, and delete its folder."""
+        if self.process is None or self.owner != os.getpid():  # a fork of ours has no say
+            return
+        self.process.kill()
+        self.process.communicate()  # wait, and close the pipes
+        self.process = None
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
-_server, _print_once = _Server(), functools.cache(print)
+@functools.cache
+def say_once(text):
+    """Print a warning, the first time."""
+    print(text, file=sys.stderr)
 
 
-class _Sandbox:
-    """The servers' source, run in processes of its own. Its state is what the system offers."""
+# The server is a program of its own, and a text: to import this file, with PyTorch, takes seconds.
+SERVER = r'''
+import atexit, builtins, contextlib, ctypes, decimal, fractions, gc, json, os, random, re, resource
+import select, sys, tempfile, textwrap, threading, time, types
+# Programs like these, which are imported once, here, and not by every test.
+import __future__, array, cmath, concurrent.futures.thread, dataclasses, enum, io, numbers, pickle, statistics
 
-    # Per process: bytes of memory and of a file, open files; processes at a time. Bytes of folder and answer.
-    limits = (("AS", 1 << 29), ("FSIZE", 1 << 24), ("NOFILE", 32), ("NPROC", 8), ("CORE", 0))
-    disk, most, compile_error = 1 << 26, 1 << 23, 200  # the last is an exit status
-    # What the judges of call-based problems import, so that programs take it for granted.
-    prelude = """import bisect, collections, copy, functools, heapq, itertools, math, queue, random, re
-import datetime, fractions, string, sys; from math import ceil, floor, gcd, inf, sqrt; from typing import *
-from collections import *; from functools import *; from heapq import *; from itertools import *"""
+# What APPS' harness imports for programs, so that they take it for granted, and a little more.
+PRELUDE = """
+import bisect, collections, copy, datetime, fractions, functools, heapq, itertools, math, operator
+import queue, random, re, string, sys, time
+from math import ceil, cos, exp, fabs, floor, gcd, inf, log, log2, sin, sqrt, tan
+from bisect import *; from collections import *; from functools import *
+from heapq import *; from itertools import *; from typing import *
+stdin, stdout = sys.stdin, sys.stdout
+"""
+LIMITS = {  # of a process; NPROC: of all processes and threads together
+    "AS": 1 << 30, "FSIZE": 1 << 24, "NOFILE": 64, "NPROC": 16, "MSGQUEUE": 0, "CORE": 0,
+}
+LONGEST = 1 << 23  # bytes of an answer
+COMPILE_ERROR = 200  # the exit status that says so
+NUMBERS = {decimal.Decimal: float, fractions.Fraction: float}  # equal to JSON's
 
-    def serve(self):
-        """A server's life: enter the sandbox, say what it lacks, fork a keeper per job; see no job itself."""
-        exec(self.prelude, {})  # imported once, here
-        self.linux, self.root, self.user = sys.platform == "linux", False, os.getuid()
-        self.null = os.open(os.devnull, os.O_RDWR)
+
+def serve(user, sandbox):
+    """Run tests, each a line of JSON, until there are no more."""
+    jobs = os.fdopen(os.dup(0))
+    replies = os.fdopen(os.dup(1), "w")
+    names = {}
+    exec(PRELUDE, names)
+    builtins.exit = builtins.quit = sys.exit
+    sys.set_int_max_str_digits(0)  # as in the Python of APPS' days
+    alone = bool(sandbox)  # whether all processes that we can signal are the program's
+    if user >= 0:
+        with contextlib.suppress(OSError):  # some containers have few users
+            os.setgroups([])
+            os.setgid(user)
+            os.setuid(user)
+            alone = True
+    if not alone:  # others' processes count too: allow for all that there are
         with contextlib.suppress(OSError):
-            os.seteuid(0x70000000 + os.getpid()), os.seteuid(0)
-            self.root, self.user = (
-                True,
-                0x70000000 + os.getpid(),
-            )  # to whom no file or other process belongs
-        libraries = {
-            os.path.dirname(os.__file__),
-            sys.base_prefix + "/lib",
-            "/usr/lib",
-            "/usr/lib64",
-        }
-        self.libraries = sorted(filter(os.path.isdir, libraries | {"/lib", "/lib64"}))
-        self.namespaces = self.linux and self.enter_namespaces()
-        self.landlock = self.linux and max(
-            0, ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1)
-        )
-        print(
-            " and ".join(x for x in ("namespaces", "landlock") if not getattr(self, x)), flush=True
-        )
-        while os.waitpid(os.fork() or self.keep(), 0)[1] == 0:
-            pass  # until a keeper finds no more jobs
+            LIMITS["NPROC"] += int(open("/proc/loadavg").read().split()[3].split("/")[1])
+    set_dumpable(0)  # programs cannot look into the server
+    gc.freeze()  # forks share its memory
+    clean = traces(sandbox)
+    print("ready", file=replies, flush=True)
+    for line in jobs:
+        reply = run_test(json.loads(line), names, alone)
+        # Nothing is cleaned: where a program has left something, the next one gets a new server.
+        reply["spent"] = traces(sandbox) != clean
+        print(json.dumps(reply), file=replies, flush=True)
 
-    def system(self, name, *arguments):
-        """Call a function of Linux's C library; OSError if it fails, nothing on other systems."""
-        function = (
-            getattr(ctypes.CDLL(None, use_errno=True), name) if self.linux else lambda *ignored: 0
-        )
-        if (result := function(*(x.encode() if isinstance(x, str) else x for x in arguments))) < 0:
-            raise OSError(ctypes.get_errno(), f"{name} failed")
-        return result
 
-    def enter_namespaces(self):
-        """Leave the network and, but for libraries, the file system; False where the system refuses."""
-        group, bind, read_only = os.getgid(), 0x1000 | 0x4000, 0x1 | 0x2 | 0x4 | 0x20 | 0x1000
-        try:
-            if not self.root:  # only in a user namespace of our own may we make the others
-                self.system("unshare", 0x10000000)
-                Path("/proc/self/setgroups").write_text("deny")
-                Path("/proc/self/uid_map").write_text(f"{self.user} {self.user} 1")
-                Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
-            self.system("unshare", 0x20000 | 0x40000000)  # mounts, network
-            self.system(
-                "mount", "none", "/", "", 0x4000 | 0x40000, ""
-            )  # from here on, mounts are private
-            self.system(
-                "mount", "tmpfs", "/proc", "tmpfs", 0, "mode=755"
-            )  # on a folder that always exists
-            for path in self.libraries:
-                os.makedirs("/proc" + path, exist_ok=True)
-                self.system("mount", path, "/proc" + path, "", bind, "")
-                self.system("mount", "none", "/proc" + path, "", read_only, "")
-            os.mkdir("/proc/work")
-            self.system("mount", "none", "/proc", "", read_only, "")
-            os.chroot("/proc"), os.chdir("/")
-            return True
-        except OSError:
-            return False
+def traces(sandbox):
+    """What programs can leave behind: files, a changed folder, System V's shared memory."""
+    try:
+        about = os.stat(".")
+        found = [os.listdir("."), about.st_mode, about.st_nlink]
+    except OSError:
+        return None
+    for kind in ("shm", "msg", "sem") if sandbox else ():
+        with open("/proc/sysvipc/" + kind) as table:
+            found.append(table.read())
+    return found
 
-    def keep(self):
-        """A keeper's life: read one job, run it in the sandbox, kill what is left, reply."""
-        job = json.loads(sys.stdin.readline() or os._exit(1))
-        folder = "/work" if self.namespaces else tempfile.mkdtemp()
-        if (
-            self.namespaces
-        ):  # new ones: a program dies with all that it started, and so does its folder
-            options = f"mode=700,uid={self.user},nr_inodes=1000,size={self.disk}"
-            self.system("unshare", 0x20000 | 0x08000000 | 0x20000000)  # mounts, IPC, processes
-            self.system(
-                "mount", "tmpfs", folder, "tmpfs", 0x2 | 0x4 | 0x8, options
-            )  # nothing to execute
-        os.chown(folder, self.user, -1)
-        (
-            self.system("prctl", 36, 1),
-            self.system("prctl", 4, 0),
-        )  # adopt orphans, to kill them; be private
-        given = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        (
-            given.write(b"" if job["function"] else job["input"].encode(errors="replace")),
-            given.seek(0),
-        )
-        (pipe, answer), deadline = os.pipe(), time.monotonic() + job["timeout"]
-        if (program := os.fork()) == 0:
-            self.confine(job, folder, given.fileno(), answer)
-            self.run(job)
-        os.close(answer)
-        said = chunk = b"?"  # until the program has ended, says too much, or is late
-        while chunk and len(said) < self.most and (left := deadline - time.monotonic()) > 0:
-            chunk = os.read(pipe, 1 << 16) if select.select([pipe], [], [], left)[0] else b""
-            said += chunk
-        late, unsaid = time.monotonic() >= deadline, job["function"] and len(said) == 1
-        code = (
-            self.kill(program) or unsaid
-        )  # no result: os._exit(0) before the function has returned
-        failure = (
-            "time-out"
-            if late
-            else "compile error"
-            if code == self.compile_error
-            else "runtime error"
-        )
-        if not self.namespaces:
-            shutil.rmtree(folder, ignore_errors=True)
-        print(
-            json.dumps([failure if late or code else "ran", said[1:].decode(errors="replace")]),
-            flush=True,
-        )
-        os._exit(0)
 
-    def kill(self, program):
-        """Kill a program, its process group and, without namespaces, adopted orphans -> its exit status."""
-        adopted, code = Path(f"/proc/self/task/{os.getpid()}/children"), 0
-        with contextlib.suppress(ChildProcessError):
-            while True:
-                for child in (
-                    -program,
-                    program,
-                    *(adopted.read_text().split() if adopted.exists() else ()),
-                ):
-                    with contextlib.suppress(OSError):
-                        os.kill(int(child), 9)
-                ended, status = os.waitpid(-1, 0)
-                code = os.waitstatus_to_exitcode(status) if ended == program else code
-        return code
+def run_test(test, names, alone):
+    """Run a program on one input in a process of its own, and end all that it has started."""
+    given = tempfile.TemporaryFile(dir=".")
+    if not test["function"]:
+        given.write(test["input"].encode(errors="replace"))
+        given.seek(0)
+    pipe, answer = os.pipe()
+    deadline = time.monotonic() + test["timeout"]
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        run_program(test, names, given.fileno(), answer)
+    with contextlib.suppress(OSError):  # here as well, as either may be first
+        os.setpgid(child, child)
+    os.close(answer)
+    given.close()
+    said = read(pipe, deadline)
+    os.close(pipe)
+    code = exit_status(child, deadline) if len(said) <= LONGEST else None
+    with contextlib.suppress(OSError):
+        os.kill(-1, 9) if alone else os.killpg(child, 9)
+    if code is None:
+        os.waitpid(child, 0)
+    status = "ran"
+    if code == COMPILE_ERROR:
+        status = "compile error"
+    elif code is None and len(said) <= LONGEST:
+        status = "time-out"
+    elif code != 0 or (test["function"] and not said):  # os._exit(0) before there is a result
+        status = "runtime error"
+    return {"status": status, "answer": said.decode(errors="replace")}
 
-    def confine(self, job, folder, given, answer):
-        """Before a program runs: a session of its own, only its own open files, limits, and no rights."""
-        for target, source in enumerate(
-            (given, self.null if job["function"] else answer, self.null, answer)
-        ):
-            os.dup2(source, target)
-        os.closerange(4, 256), os.setsid(), os.chdir(folder), os.umask(0o077)
-        for name, limit in (*self.limits, ("CPU", int(job["timeout"]) + 2)):
-            with contextlib.suppress(ValueError, OSError):  # macOS does not know all of them
-                resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
-        self.system("prctl", 38, 1, 0, 0, 0)  # no new privileges
-        if (
-            self.landlock
-        ):  # read libraries, write to `folder`; no other files, no TCP, no signals to others
-            every = (
-                1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(self.landlock, 16)
-            ) - 1  # kinds that it knows of
-            handled = (ctypes.c_uint64 * 3)(
-                every, 3 * (self.landlock >= 4), 3 * (self.landlock >= 6)
-            )
-            rules = self.system("syscall", 444, handled, ctypes.c_size_t(24), 0)
-            for path in (*self.libraries, folder):
-                place = os.open(path, os.O_PATH)
-                allowed = (
-                    every - 1 if path == folder else 4 | 8
-                )  # all but execute; read files, list folders
-                rule = (ctypes.c_uint64 * 2)(allowed, place)
-                self.system("syscall", 445, rules, 1, rule, 0), os.close(place)
-            self.system("syscall", 446, rules, 0), os.close(rules)
-        if self.root:
-            os.setgroups([]), os.setresgid(*[self.user] * 3), os.setresuid(*[self.user] * 3)
-        self.system(
-            "capset", (ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)()
-        )  # no capabilities
-        self.system("prctl", 1, 9)  # die with the keeper
 
-    def run(self, job):
-        """Run a program on one input: as a script, or to call its function and write down its value."""
-        (
-            random.seed(0),
-            sys.set_int_max_str_digits(0),
-        )  # reproducible; as in the Python of APPS' days
-        text = {"encoding": "utf-8", "errors": "replace", "closefd": False}
-        sys.stdin = sys.__stdin__ = os.fdopen(0, **text)
-        sys.stdout = sys.__stdout__ = os.fdopen(1, "w", **text)
-        names = {
-            "__name__": "program" if job["function"] else "__main__",
-            "exit": sys.exit,
-            "quit": sys.exit,
-        }
-        try:
-            code = compile(job["program"], "program", "exec", dont_inherit=True)
-        except BaseException:
-            os._exit(self.compile_error)
-        if not job["function"]:
-            exec(code, names)
-            (
-                threading._shutdown(),
-                atexit._run_exitfuncs(),
-                names.clear(),
-            )  # await threads, close files
-            sys.stdout.flush(), sys.__stdout__.flush()
-            os._exit(0)  # taking the interpreter apart would take longer than all of the above
-        exec(self.prelude, names)
-        exec(code, names)
-        function = names.get(job["function"]) or getattr(names["Solution"](), job["function"])
-        value, answer = function(*job["input"]), "not plain data"
-        with contextlib.suppress(Exception):  # a set, a generator, an object; too deep, or circular
-            answer = json.dumps(value)
-        os.write(3, answer.encode()), os._exit(0)
+def read(pipe, deadline):
+    """What comes through a pipe until it is closed, or it is late, or too much."""
+    said = b""
+    while len(said) <= LONGEST:
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([pipe], [], [], left)[0]:
+            break
+        chunk = os.read(pipe, 1 << 16)
+        if not chunk:
+            break
+        said += chunk
+    return said
+
+
+def exit_status(child, deadline):
+    """How a process ended, or None if it is late; it may go on after it closed its output."""
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.0002)
+    return None
+
+
+def run_program(test, names, given, answer):
+    """The life of a program's process: its files, limits, run and answer. It never returns."""
+    function = test["function"]
+    null = os.open(os.devnull, os.O_RDWR)
+    for target, source in enumerate([given, null if function else answer, null, answer]):
+        os.dup2(source, target)
+    os.closerange(4 if function else 3, 256)  # 3 is for a function's result
+    LIMITS["CPU"] = int(test["timeout"]) + 2  # seconds
+    for name, limit in LIMITS.items():
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # unknown to macOS
+            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
+    set_dumpable(1)  # or the program could not open /dev/stdin
+    random.seed(0)  # so that programs are reproducible
+    module = types.ModuleType("program" if function else "__main__")
+    vars(module).update(names)
+    sys.modules[module.__name__] = module
+    try:
+        code = compile_program(test["program"])
+    except BaseException:
+        os._exit(COMPILE_ERROR)
+    try:
+        exec(code, vars(module))
+        if function:
+            write_result(call(vars(module), function, test["input"]))
+    except BaseException as end:
+        if function or not isinstance(end, SystemExit) or end.code not in (None, 0):
+            os._exit(1)
+    del module
+    if not function:
+        finish()
+    os._exit(0)
+
+
+def compile_program(text):
+    """The code of a program or, where the text is no Python, of Markdown's first block in it."""
+    try:
+        return compile(text, "program", "exec", dont_inherit=True)
+    except SyntaxError:
+        block = re.search(r"^ *```[^\n]*\n(.*?)(^ *```|\Z)", text, re.MULTILINE | re.DOTALL)
+        return compile(textwrap.dedent(block[1]), "program", "exec", dont_inherit=True)
+
+
+def call(names, function, arguments):
+    """The result of a program's function, or of a method of its class Solution (LeetCode's way)."""
+    # JSON has made the keys of dicts text: as in APPS, those of the first argument are ints again.
+    if arguments and isinstance(arguments[0], dict):
+        with contextlib.suppress(ValueError):
+            arguments[0] = {int(key): value for key, value in arguments[0].items()}
+    solution = names.get("Solution")
+    if hasattr(solution, function):
+        return getattr(solution(), function)(*arguments)
+    return names[function](*arguments)
+
+
+def write_result(value):
+    """Write a result as JSON to file 3."""
+    try:
+        text = json.dumps(value, default=lambda x: NUMBERS[type(x)](x))
+    except Exception:  # a set, a generator, an object; circular, or nested too deeply
+        text = "no plain data"
+    with open(3, "wb") as file:
+        file.write(text.encode())
+
+
+def finish():
+    """A script's end as in Python, save taking that apart, which takes longer than all else."""
+    for step in (threading._shutdown, atexit._run_exitfuncs, lambda: sys.stdout.flush(), gc.collect):
+        with contextlib.suppress(Exception):
+            step()
+    sys.stdin, sys.stdout = sys.__stdin__, sys.__stdout__
+    sys.modules.pop("__main__", None)
+    gc.collect()  # flushes files that the script has forgotten
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+
+
+def set_dumpable(flag):
+    """Whether processes of the same user may look into this one (4 is PR_SET_DUMPABLE)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(4, flag, 0, 0, 0)
+
+
+serve(int(sys.argv[1]), sys.argv[2])
+'''
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()  # torchrun shows the error of the rank that failed first

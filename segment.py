@@ -182,8 +182,9 @@ def _index_in_macro_action(seg):
 #
 #     "comma": comma_starts,
 #
-# A termination gets `Responses` (Appendix A: mask, texts, offsets, ref_logprobs, seeds, n, cutoff)
-# and returns starts, a BoolTensor [B, T]; `cut_after` makes them from a regular expression.
+# A termination gets `Responses` (Appendix A: mask, texts, offsets, ref_logprobs, seeds, n, cutoff),
+# below called r, and returns starts, a BoolTensor [B, T]; `cut_after` makes them from a regular
+# expression. The functions that the table names and you have not met yet stand in Appendix A.
 
 TERMINATIONS = {
     "token": lambda r: token_starts(r.mask),

@@ -29,7 +29,8 @@ You may stop reading at Appendix A; the later chapters need the story only.
 
 import argparse
 import atexit
-import contextlib
+import codecs
+import gzip
 import hashlib
 import importlib.util
 import json
@@ -43,7 +44,9 @@ import signal
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+import zlib
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import cache, partial
 from itertools import pairwise
@@ -55,6 +58,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from filelock import FileLock, Timeout
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.distributed.checkpoint import state_dict as dcp_state
@@ -216,7 +220,7 @@ def response_logits(model, batch):
             use_cache=False,
             logits_to_keep=T + 1,
         )
-    return output.logits[:, -T - 1 : -1].float()  # [B, T, V]
+    return possible(output.logits[:, -T - 1 : -1].float(), model)  # [B, T, V]
 
 
 def sft_loss(model, batch, token_count):
@@ -401,17 +405,19 @@ def train(cfg):
     device = setup(cfg.device, cfg.timeout)  # join the other ranks, if torchrun started us
     rows = load_share(cfg, "sft", "response")  # this chapter's share of the demonstrations
     test = load_share(cfg, "test", "response")[:256]  # held out: no chapter learns from them
-    cfg.steps = count_steps(cfg, len(rows))
     out = claim(cfg.out)  # the run's folder, held against other runs
     if finished(cfg, out):  # --resume auto found nothing left to do
         return
     model, tokenizer = start_model(cfg, rows)  # pretrained, or small and random
+    announce(tokenizer, cfg)  # how prompts begin and responses end
+    rows = usable_rows(rows, tokenizer, cfg)  # without those that do not fit
+    test = usable_rows(test, tokenizer, cfg)
+    cfg.steps = count_steps(cfg, len(rows))
     model.to(load_device(cfg, device))
     broadcast_parameters(model)  # all ranks start equal
     prepare(model, cfg, device)  # bf16 and other options
     optimizer = make_optimizer(model)
     print0(f"SFT: {len(rows):,} demonstrations, {model.num_parameters():,} parameters -> {out}")
-    report_cuts(rows, tokenizer, cfg)
     run = Run(cfg, out, "sft", {"model": model}, {"model": optimizer})
     run.begin()  # at step 0, or where an interrupted run was
     for step in run.steps():
@@ -683,7 +689,9 @@ def save_checkpoint(out, training_state, state, keep):
     temporary = final.with_name(f".tmp-{final.name}")
     on_rank0(make_empty, temporary)
     try:
-        dcp.save({"state": training_state}, checkpoint_id=temporary)
+        # One tensor after the other is copied to the CPU and written: never a second copy of all.
+        writer = dcp.FileSystemWriter(temporary, per_thread_copy_ahead=0)
+        dcp.save({"state": training_state}, storage_writer=writer)
     except CheckpointException as error:  # all ranks get it, whichever has failed
         raise StorageError(reason_of(error)) from None
     mine = sorted(temporary.glob(f"__{rank()}_*.distcp"))
@@ -1013,7 +1021,7 @@ def tick(device):
 
 
 def timings(clock, phases=()):
-    """Seconds of a step and of its phases, which lie between the ticks; on a GPU peak memory too."""
+    """Seconds of a step and its phases, which lie between the ticks; on a GPU peak memory too."""
     found = {"seconds": clock[-1][0] - clock[0][0]}
     for name, (before, after) in zip(phases, pairwise(clock), strict=False):
         found[f"seconds_{name}"] = after[0] - before[0]
@@ -1066,7 +1074,7 @@ PRETRAINED = {
 # The paper's settings (its appendix), for each model and task.
 TEXTS = "--max_prompt 512 --max_response 512 --micro_batch_size 4 --epochs 1"
 CODE = f"--max_prompt 600 --max_response 512 --micro_batch_size 4 --epochs 1 {NO_RM}"
-PPO = "--batch_size 256 --warmup 200 --beta 0.05 --temperature 0.8 --top_k 50"
+PPO = "--batch_size 256 --warmup 200 --beta 0.05 --temperature 0.8 --top_k 50 --sort_by_length"
 PPO_2B = f"{PPO} --lr 1.5e-5 --critic_lr 1.5e-5"
 PPO_7B = f"{PPO} --lr 1e-6 --critic_lr 1e-6"
 CODE_PPO = f"{TESTED} --batch_size 16 --lr 5e-7 --critic_lr 5e-5 --warmup 20 --top_k 5"
@@ -1356,13 +1364,8 @@ def load_causal_lm(path, length=0, device="cpu"):
     window = getattr(config, "max_position_embeddings", None) or math.inf
     if length > window:
         fail(f"--max_prompt and --max_response add up to {length}; {path} has {window} positions")
-    if tokenizer.eos_token_id is None:
-        fail(f"the tokenizer of {path} has no EOS token: a response could never end")
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-            model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
+    conventions(tokenizer, model)  # where prompts begin, what ends a response: Appendix D
+    fit_vocabulary(model, tokenizer)
     return model.to(device), tokenizer
 
 
@@ -1392,7 +1395,9 @@ def start_model(cfg, rows):
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return LlamaForCausalLM(config).eval(), tokenizer
+    model = LlamaForCausalLM(config).eval()
+    conventions(tokenizer, model)
+    return model, tokenizer
 
 
 def small_tokenizer(task, texts):
@@ -1501,114 +1506,351 @@ def gathered(x):
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-# Appendix D. How text becomes tokens.
+# Appendix D. The model's own conventions.
 #
-# PLACEHOLDER
+# Every family of models begins a prompt, ends a response
+# and marks turns in its own way, and has learned its trade on that: tokens that are off by a space
+# cost quality, and nothing tells. `conventions` finds out, once a tokenizer; `encode` follows them.
+
+OWN_PAD = "<|pad|>"
+
+
+@dataclass
+class Conventions:
+    """What a tokenizer, its chat template and the model's generation_config.json agree on."""
+
+    begin: list[int]  # stands in front of prompts; chat templates write theirs themselves
+    ends: list[int]  # any of them ends a response
+    end: int  # closes a demonstration
+    turn_end: int  # the same in the chat template, like <|im_end|>
+    opening: str  # space between template and answer, like Llama 2's " ": the model writes it
+    header: list[int]  # what else stands there, like Qwen 3's empty thoughts: ends the prompt
+    has_system: bool  # whether the template has a system role
+    control: set[int]  # tokens that no text may turn into
+    newline: list[int]  # tokens of "\n", if a text alone gets a space that it lacks behind others
+
+
+def conventions(tokenizer, model=None):
+    """The `Conventions` of a tokenizer, which keeps them. Without `model` its folder's files count.
+
+    Adds a PAD where there is none, or one that is an end too: an EOS that is hidden as padding
+    would never be learned.
+    """
+    if model is None and getattr(tokenizer, "conventions", None):
+        return tokenizer.conventions
+    opening, header, turn_end, has_system = template_turns(tokenizer)
+    known = [tokenizer.eos_token_id, *generation_ends(tokenizer, model), turn_end]
+    ends = [i for i in dict.fromkeys(known) if i is not None and i < len(tokenizer)]
+    if not ends:
+        path = tokenizer.name_or_path
+        fail(f"the tokenizer of {path} has no EOS token: a response could never end")
+    if tokenizer.pad_token_id in (None, *ends):
+        tokenizer.add_special_tokens({"pad_token": OWN_PAD})
+    tokens = tokenizer.added_tokens_decoder
+    control = {number for number, token in tokens.items() if token.special} | set(ends)
+    if tokenizer.unk_token_id not in (*ends, tokenizer.bos_token_id):
+        control.discard(tokenizer.unk_token_id)
+    tokenizer.conventions = Conventions(
+        begin=begin_ids(tokenizer),
+        ends=ends,
+        end=ends[0],
+        turn_end=ends[0] if turn_end is None else turn_end,
+        opening=opening,
+        header=header,
+        has_system=has_system,
+        control=control,
+        newline=newline_ids(tokenizer),
+    )
+    return tokenizer.conventions
+
+
+def end_ids(tokenizer):
+    """The ids any of which ends a response; its EOS alone for a tokenizer that nobody looked at."""
+    found = getattr(tokenizer, "conventions", None)
+    return found.ends if found else [tokenizer.eos_token_id]
+
+
+def generation_ends(tokenizer, model=None):
+    """The ids in generation_config.json any of which ends a response: none, one or several."""
+    if model is not None:
+        found = getattr(model.generation_config, "eos_token_id", None)
+    else:
+        path = Path(tokenizer.name_or_path or "nowhere") / "generation_config.json"
+        found = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    return found if isinstance(found, list) else [found]
+
+
+def begin_ids(tokenizer):
+    """The ids that a tokenizer puts in front of a text; what it puts behind one is left out."""
+    alone = tokenizer("a", add_special_tokens=False).input_ids
+    whole = tokenizer("a").input_ids
+    for place in range(len(whole)):
+        if whole[place : place + len(alone)] == alone:
+            return whole[:place]
+    return []
+
+
+def newline_ids(tokenizer):
+    """The ids of "\\n" if a text alone is tokenized otherwise than behind a newline, else [].
+
+    Llama 2 and Mistral: " blue" alone is "▁ ▁blue", but "▁blue" in the middle of a text.
+    """
+    plain = partial(tokenizer, add_special_tokens=False)
+    newline = plain("\n").input_ids
+    for text in ("a", " a"):
+        behind = plain("\n" + text).input_ids[len(newline) :]
+        if behind and behind != plain(text).input_ids:
+            return newline
+    return []
+
+
+def template_turns(tokenizer):
+    """What the chat template writes around an answer -> (opening, header, turn_end, has_system)."""
+    if not tokenizer.chat_template:
+        return "", [], None, False
+    render = partial(tokenizer.apply_chat_template, tokenize=False)
+    asked = [{"role": "user", "content": "QUESTION"}]
+    answered = [*asked, {"role": "assistant", "content": "ANSWER"}]
+    try:
+        prompt = render(asked, add_generation_prompt=True)
+        before, _, behind = render(answered).rpartition("ANSWER")
+    except (TemplateError, TypeError, ValueError):
+        return "", [], None, False  # it wants other turns: rows will tell
+    opening = before.removeprefix(prompt) if before.startswith(prompt) else ""
+    header = tokenizer(opening, add_special_tokens=False).input_ids if opening.strip() else []
+    turn_end = None
+    for token in tokenizer(behind, add_special_tokens=False).input_ids:
+        added = tokenizer.added_tokens_decoder.get(token)
+        if added and added.content.strip():  # Gemma's "\n" is an added token too
+            turn_end = token
+            break
+    try:
+        has_system = "SYSTEM" in render([{"role": "system", "content": "SYSTEM"}, *asked])
+    except (TemplateError, TypeError, ValueError):
+        has_system = False
+    return ("" if header else opening), header, turn_end, has_system
+
+
+def announce(tokenizer, cfg):
+    """Say in one line what `conventions` found; refuse --chat_template where there is none."""
+    rules = conventions(tokenizer)
+    template = "the tokenizer's" + ("" if cfg.chat_template else ", for rows of turns")
+    if cfg.chat_template and not tokenizer.chat_template:
+        path = tokenizer.name_or_path
+        fail(f"--chat_template: the tokenizer of {path} has none; leave it out or use a chat model")
+    begin = chat_ids({"prompt": "a"}, tokenizer)[:1] if cfg.chat_template else rules.begin
+    begin = " ".join(tokenizer.convert_ids_to_tokens(begin)) or "with its first word"
+    ends = ", ".join(tokenizer.convert_ids_to_tokens(rules.ends))
+    template = template if tokenizer.chat_template else "none"
+    print0(f"prompt begins {begin}; ends with any of {ends}; template: {template}")
+
+
+def fit_vocabulary(model, tokenizer):
+    """Make room for all tokens in a model, and note which of its ids stand for none (`unused_ids`).
+
+    Qwen has more embeddings than tokens: the others were never trained, and must not be sampled.
+    """
+    tokens = set(tokenizer.get_vocab().values())
+    if max(tokens) >= model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(max(tokens) + 1)
+    if tokenizer.pad_token == OWN_PAD:
+        tokens.discard(tokenizer.pad_token_id)
+    count = model.get_input_embeddings().weight.shape[0]
+    model.unused_ids = [number for number in range(count) if number not in tokens]
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def possible(logits, model):
+    """Logits in which ids without a token have no chance.  [..., V] -> [..., V]
+
+    Not minus infinity: PAD may be among them, and in the padding that would be masked as inf * 0.
+    """
+    unused = getattr(model, "unused_ids", [])
+    if not unused:
+        return logits
+    unused = torch.tensor(unused, device=logits.device)  # [unused ids]
+    return logits.index_fill(-1, unused, -1e9)  # [..., V]
 
 
 def encode(rows, tokenizer, cfg, names=("prompt", "response")):
-    """Texts -> token lists: rows {name: text, ...} -> rows {name: ids, ...}, for the fields `names`.
+    """Texts -> token lists: rows {name: text, ...} -> rows {name: ids, ...}, for fields `names`.
 
-    A prompt longer than max_prompt loses its beginning, a response (with its EOS) longer than max_response
-    its end. With --chat_template, prompts are wrapped in the tokenizer's own, which is never cut.
+    A prompt longer than max_prompt loses its beginning, a response (with its end) longer than
+    max_response its end. Prompts in a chat template are never cut: see `usable_rows`.
     """
-    bos, eos = (
-        tokenizer("").input_ids,
-        tokenizer.eos_token_id,
-    )  # [BOS] for models that want one, else []
     encoded = [{} for _ in rows]
     for name in names if rows else ():
-        texts = [row[name] for row in rows]
-        if name == "prompt" and cfg.chat_template:
-            prompts = [chat_prompt(text, tokenizer, cfg.max_prompt) for text in texts]
-        elif name == "prompt":
-            ids = tokenizer(texts, add_special_tokens=False).input_ids
-            prompts = [bos + row[max(0, len(row) + len(bos) - cfg.max_prompt) :] for row in ids]
-        else:
-            texts = [text.lstrip() for text in texts] if cfg.chat_template else texts
-            ids = tokenizer(texts, add_special_tokens=False).input_ids
-        for i, row in enumerate(encoded):
-            row[name] = prompts[i] if name == "prompt" else [*ids[i], eos][: cfg.max_response]
+        encode_field = prompt_ids if name == "prompt" else response_ids
+        lists = encode_field(rows, name, tokenizer, cfg)
+        for row, ids in zip(encoded, lists, strict=True):
+            row[name] = ids
     return encoded
 
 
-def dialogue(prompt):
-    """A prompt as chat messages [{role, content}, ...]: "Human: … Assistant:" by its turns, others as one.
-
-    >>> dialogue(" Human: why? Assistant:")
-    [{'role': 'user', 'content': 'why?'}]
-    """
-    turns = re.split(r"(?:^\s*|\n\n|\s(?=Assistant:$))(Human|Assistant):", prompt)
-    if turns[0].strip() or not prompt.endswith("Assistant:") or len(turns) < 5:
-        return [{"role": "user", "content": prompt}]
-    messages = []
-    for name, text in zip(turns[1:-2:2], turns[2:-2:2], strict=True):
-        role = "user" if name == "Human" else "assistant"
-        if messages and messages[-1]["role"] == role:  # templates want turns to alternate
-            messages[-1]["content"] += "\n\n" + text.strip()
+def prompt_ids(rows, name, tokenizer, cfg):
+    """The token lists of prompts: in the chat template where `in_template` says so."""
+    rules = conventions(tokenizer)
+    lists = text_ids([row[name] for row in rows], tokenizer)
+    for i, row in enumerate(rows):
+        if in_template(row, tokenizer, cfg):
+            lists[i] = chat_ids(row, tokenizer)
         else:
-            messages.append({"role": role, "content": text.strip()})
-    return messages
+            too_many = max(0, len(lists[i]) + len(rules.begin) - cfg.max_prompt)
+            lists[i] = rules.begin + lists[i][too_many:]
+    return lists
 
 
-def chat_prompt(prompt, tokenizer, limit):
-    """A prompt in the tokenizer's chat template, as at most `limit` tokens: the oldest turns go first, then
-    the beginning of the first message that is left."""
-    options = {"add_generation_prompt": True, "return_dict": False}
-    messages = dialogue(prompt)
-    while len(ids := tokenizer.apply_chat_template(messages, **options)) > limit:
-        content = messages[0]["content"]
-        if len(messages) > 2:
-            messages = messages[2:]
-        elif content:
-            places = tokenizer(
-                content, add_special_tokens=False, return_offsets_mapping=True
-            ).offset_mapping
-            cut = min(len(places), len(ids) - limit)
-            messages[0]["content"] = content[max(1, places[cut - 1][1] if cut else 0) :]
-        else:
-            fail(
-                f"--max_prompt {limit} leaves no room: the empty chat template has {len(ids)} tokens"
-            )
-    return ids
+def response_ids(rows, name, tokenizer, cfg):
+    """The token lists of responses, as they continue their prompts, with their end."""
+    rules = conventions(tokenizer)
+    texts, ends = [], []
+    for row in rows:
+        text, end = row[name], rules.end
+        if in_template(row, tokenizer, cfg):
+            # The one space that separates an answer from the words "Assistant:" has no place here.
+            text, end = rules.opening + re.sub(r"^\s(?=\S)", "", text), rules.turn_end
+        texts.append(text)
+        ends.append(end)
+    lists = text_ids(texts, tokenizer, rules.newline)
+    return [[*ids, end][: cfg.max_response] for ids, end in zip(lists, ends, strict=True)]
 
 
-def report_cuts(rows, tokenizer, cfg, names=("prompt", "response")):
-    """Say how many of the rows' texts are cut at the limits; refuse a limit that would cut the instruction.
+def in_template(row, tokenizer, cfg):
+    """Whether a row's prompt is put into the tokenizer's chat template."""
+    return bool(tokenizer.chat_template) and (cfg.chat_template or "messages" in row)
 
-    Every rank looks at its own share of the rows.
+
+def text_ids(texts, tokenizer, newline=()):
+    """Texts as tokens, none of which is a control token: a "</s>" that is spelled out is text.
+
+    newline: put in front of each text, and cut off again, so that it is tokenized as behind others.
     """
-    bos = len(tokenizer("").input_ids)
+    rules = conventions(tokenizer)
+    plain = partial(tokenizer, add_special_tokens=False, split_special_tokens=True)
+    lists = plain(texts).input_ids
+    if newline:
+        for i, ids in enumerate(plain(["\n" + text for text in texts]).input_ids):
+            if ids[: len(newline)] == newline:
+                lists[i] = ids[len(newline) :]
+    for i, ids in enumerate(lists):
+        if not rules.control.isdisjoint(ids):  # a vocabulary in which a word is a control token
+            lists[i] = [token for token in ids if token not in rules.control]
+    return lists
+
+
+def chat_ids(row, tokenizer):
+    """A row's prompt in the tokenizer's chat template, which also begins the answer's turn.
+
+    System text goes to the front of the user's next turn where the template has no place for it.
+    """
+    rules = conventions(tokenizer)
+    turns = row.get("messages") or dialogue(row["prompt"])
+    if not rules.has_system:
+        turns = [turn | {"role": turn["role"].replace("system", "user")} for turn in turns]
+    options = {"add_generation_prompt": True, "return_dict": False, "sanitize_control_tokens": True}
+    try:
+        ids = tokenizer.apply_chat_template(alternating(turns), **options)
+    except (TemplateError, TypeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        fail(f"the chat template refuses the prompt that begins {row['prompt'][:60]!r}: {reason}")
+    return ids + rules.header
+
+
+def usable_rows(rows, tokenizer, cfg, names=("prompt", "response")):
+    """The rows that can be used as tokens. Says how many are not, and how many texts are cut.
+
+    A chat whose prompt does not fit is no use: nothing in a template may be cut. Nor is a pair
+    whose texts are equal once they are cut. A limit that would cut an instruction is refused.
+    """
+    begin = conventions(tokenizer).begin
     for suffix in INSTRUCTIONS:
-        room = bos + len(tokenizer(suffix, add_special_tokens=False).input_ids)
+        room = len(begin) + len(tokenizer(suffix, add_special_tokens=False).input_ids)
         if room > cfg.max_prompt and rows[0]["prompt"].endswith(suffix):
-            fail(
-                f"--max_prompt {cfg.max_prompt} cuts the instruction {suffix!r}, which takes {room} tokens"
-            )
-    for name in names:
-        kind = "prompt" if name == "prompt" else "response"
-        texts, limit = [row[name] for row in rows[rank() :: world()]], getattr(cfg, f"max_{kind}")
-        lengths = map(len, tokenizer(texts, add_special_tokens=False).input_ids if texts else [])
-        spare = bos if name == "prompt" else 1  # 1: the EOS
-        cut = int(all_sum(sum(length + spare > limit for length in lengths)))
-        if cut:
-            print0(
-                f"{cut:,} of {len(rows):,} texts {name!r} are cut to --max_{kind} {limit} tokens"
-            )
+            taken = f"cuts the instruction {suffix!r}, which takes {room} tokens"
+            fail(f"--max_prompt {cfg.max_prompt} {taken}")
+    whole = replace(cfg, max_prompt=10**9, max_response=10**9)
+    kept, cut, dropped = [], Counter(), Counter()
+    for start in range(0, len(rows), 1000):
+        part = rows[start : start + 1000]
+        for row, ids in zip(part, encode(part, tokenizer, whole, names), strict=True):
+            reason = unusable(row, ids, tokenizer, cfg)
+            if reason:
+                dropped[reason] += 1
+                continue
+            kept.append(row)
+            for name in names:
+                limit = "max_prompt" if name == "prompt" else "max_response"
+                cut[name, limit] += len(ids[name]) > getattr(cfg, limit)
+    for reason, count in dropped.items():
+        print0(f"{count:,} of {len(rows):,} rows dropped: {reason}")
+    for (name, limit), count in (+cut).items():
+        size = getattr(cfg, limit)
+        print0(f"{count:,} of {len(rows):,} texts {name!r} are cut to --{limit} {size} tokens")
+    if not kept:
+        fail("none of the rows can be used")
+    return kept
 
 
-# Appendix E. Rows.
+def unusable(row, ids, tokenizer, cfg):
+    """Why an encoded row, not yet cut, is of no use; None if it is."""
+    if in_template(row, tokenizer, cfg) and len(ids["prompt"]) > cfg.max_prompt:
+        return f"a chat's prompt longer than --max_prompt {cfg.max_prompt}"
+    if "chosen" not in ids or cfg.task == "toy":  # the toy's judge is noisy, also about equals
+        return None
+    if ids["chosen"][: cfg.max_response] == ids["rejected"][: cfg.max_response]:
+        return f"a pair that is equal once cut to --max_response {cfg.max_response}"
+    return None
+
+
+# Appendix E. Rows, in the forms in which people have them.
 #
-# PLACEHOLDER
+# Data comes as texts or as chat turns, in
+# JSON or Parquet, under many names of fields. Here, and nowhere else, each row becomes texts
+# {prompt, response, chosen, rejected}, as far as it has them. What is malformed stops the run with
+# file and line; what is of no use is dropped, and counted by reason.
+#
+#     fields of the row                         prompt               response; chosen, rejected
+#     info, summaries, choice (TL;DR)           POST … TL;DR:        the summaries, by choice
+#     post, subreddit, summary (TL;DR)          POST … TL;DR:        summary
+#     question, answer_i, score_i (WebGPT)      Human: … Assistant:  the answers, by score
+#     question, solutions, input_output (APPS)  QUESTION: … ANSWER:  the first solution
+#     chosen, rejected: texts (HH)              to last "Assistant:" what follows
+#     prompt [response or completion]           as it is             as it is
+#     prompt, chosen, rejected                  as it is             as they are
+#     messages: [{role, content}] (TRL)         all but the last     the assistant's last turn
+#     conversations: [{from, value}] (ShareGPT) all but the last     the assistant's last turn
+#     chosen, rejected [, prompt]: messages     all but the last     the last turns (UltraFeedback)
+#     prompt [, completion]: messages           their turns          the last turn
+#     instruction [, input], output (Alpaca)    a user's turn        output
+#
+# Rows of turns also keep the prompt's `messages`, for the tokenizer's chat template; `prompt` is
+# the same as text, in HH's form: "\n\nHuman: why?\n\nAssistant:". The tasks tldr, hh and webgpt
+# are natural language: a prompt ends in its last word, an answer begins with one space. Other tasks
+# may hold code, in which white space has a meaning: it stays as it is given.
 
 INSTRUCTIONS = (" TL;DR:", "Assistant:", "ANSWER:")  # the last words of prompts, as written below
 SPLIT_SEED = 1234  # the paper's; fixed, so that stages run with different --seed never share rows
 TEST_SHARE = 0.1
+NATURAL = ("tldr", "hh", "webgpt")
+ANSWERS = ("response", "completion", "chosen", "rejected")
+TWO_PROMPTS = "a pair about two prompts"
+SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
+ROLES = {name: name for name in SPEAKERS} | {"developer": "system", "human": "user"}
+ROLES |= {"gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+# Parquet copies that the hub makes of datasets whose scripts no longer load, or plain files.
+HUB = {
+    "tldr": "openai/summarize_from_feedback@refs/convert/parquet/comparisons/train/*.parquet",
+    "hh": "Dahoas/full-hh-rlhf/data/train-*.parquet",
+    "webgpt": "openai/webgpt_comparisons@refs/convert/parquet/*/train/*.parquet",
+    "apps": "codeparrot/apps/train.jsonl",
+}
+sys.set_int_max_str_digits(0)  # APPS has integers of more digits than Python reads by default
 
 
 def load_share(cfg, share, *fields):
-    """The rows of a share ("test", "sft", "rm" or "ppo") that have all the `fields`; at least one."""
-    rows = split(load_rows(cfg.task, tuple(cfg.data), cfg.skip_bad_rows), share, tuple(cfg.split))
+    """The rows of a share ("test", "sft", "rm" or "ppo") that have all `fields`; at least one."""
+    rows = load_rows(cfg.task, tuple(cfg.data), cfg.skip_bad_rows)
+    rows = split(rows, share, tuple(cfg.split))
     rows = [row for row in rows if all(name in row for name in fields)]
     if not rows:
         wanted = " and ".join(fields) or "prompts"
@@ -1617,14 +1859,15 @@ def load_share(cfg, share, *fields):
 
 
 def split(rows, share, percent=(20, 40, 40)):
-    """The rows of the share "test", "sft", "rm" or "ppo"; all rows about one prompt are in the same share.
+    """The rows of the share "test", "sft", "rm" or "ppo"; all about one prompt are in one share.
 
     A tenth of the prompts is held out as "test"; `percent` of the others are for SFT, RM and PPO.
     """
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     random.Random(SPLIT_SEED).shuffle(prompts)
-    first, second = percent[0] / 100, (percent[0] + percent[1]) / 100
-    edges = [0, TEST_SHARE, *(TEST_SHARE + (1 - TEST_SHARE) * edge for edge in (first, second, 1))]
+    edges = [0, TEST_SHARE]
+    for edge in (percent[0] / 100, (percent[0] + percent[1]) / 100, 1):
+        edges.append(TEST_SHARE + (1 - TEST_SHARE) * edge)
     place = ("test", "sft", "rm", "ppo").index(share)
     begin, end = (round(edge * len(prompts)) for edge in edges[place : place + 2])
     wanted = set(prompts[begin:end])
@@ -1635,110 +1878,148 @@ def split(rows, share, percent=(20, 40, 40)):
 def load_rows(task, files=(), skip_bad_rows=False):
     """A task's rows, as texts {prompt, response, ...}: from `files`, or else from the hub.
 
-    A malformed row stops the program with its file, line and field, or is skipped; rows without use are
-    dropped. Both are counted.
+    A malformed row stops the program with its file, line and field, or is skipped; rows without use
+    are dropped. Both are counted.
     """
     if task == "toy":
         return [toy_row(i) for i in range(TOY_ROWS)]
     if task == "toy-code":
         return [code_row(i) for i in range(CODE_ROWS)]
-    table = [row for path in files or ["hf://datasets/" + HUB[task]] for row in read_file(path)]
-    bad = [row["bad"] for row in table if row["bad"]]
-    if bad and not skip_bad_rows:
-        fail(
-            f"{bad[0]} ({len(bad)} malformed of {len(table)} rows; --skip_bad_rows leaves them out)"
-        )
-    rows = [json.loads(row["row"]) for row in table if row["row"]]
-    if not table:
-        fail(f"{', '.join(files) or task} is empty")
+    name = ", ".join(map(printable, files)) or task
+    rows, malformed, dropped = sorted_out(files or ["hf://datasets/" + HUB[task]], task)
+    count = len(rows) + len(malformed) + dropped.total()
+    if count == 0:
+        fail(f"{name} is empty")
+    if malformed and not skip_bad_rows:
+        many = f"{len(malformed)} malformed of {count} rows"
+        fail(f"{malformed[0]} ({many}; --skip_bad_rows leaves them out)")
+    dropped["malformed"] = len(malformed)
     print0(f"{task}: {len(rows):,} rows")
-    dropped = [row["dropped"] for row in table if row["dropped"]] + ["malformed" for _ in bad]
-    for reason in sorted(set(dropped)):
-        print0(f"{task}: {dropped.count(reason):,} rows dropped: {reason}")
+    for reason in sorted(+dropped):  # +: without those that are 0
+        print0(f"{task}: {dropped[reason]:,} rows dropped: {reason}")
+    alone = sum("response" not in row for row in rows)
+    if alone:
+        print0(f"{task}: {alone:,} rows have a prompt and no response: they serve PPO only")
     if len({row["prompt"] for row in rows}) < 20:
-        fail(f"{', '.join(files) or task}: fewer than 20 different prompts, too few to split")
+        fail(f"{name}: fewer than 20 different prompts, too few to split")
     return rows
 
 
-def read_file(path):
-    """The rows of one file, {row (JSON text), dropped (why), bad (why)}, cached on disk by `datasets`.
+def sorted_out(paths, task):
+    """Rows that can be used, complaints about others, and a count of the rest by its reason."""
+    rows, malformed, dropped = [], [], Counter()
+    for path in paths:
+        for where, value in read_file(path):
+            try:
+                row = read_row(value, task)
+            except (ValueError, RecursionError) as error:
+                malformed.append(f"{where}: {error}")
+                continue
+            if isinstance(row, dict):
+                rows.append(row)
+            else:
+                dropped[row] += 1
+    return rows, malformed, dropped
 
-    Rank 0 of every machine reads first; the others find its cache.
-    """
-    import datasets  # takes a second, and the toy does not need it
+
+def rows_digest(rows):
+    """SHA-256 of rows: a run that goes on, or a stage that is used again, must find the same."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def read_file(path):
+    """Yield (where, row) for each row behind a path or URL; one that is no JSON is a ValueError."""
+    try:
+        for name in downloaded(path):
+            with open(name, "rb") as file:  # once only: it may be a pipe
+                yield from file_rows(file, printable(path))
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        fail(f"--data {printable(path)} cannot be read: {reason}")
+
+
+def downloaded(path):
+    """The files behind `path`: itself; behind a URL, which may hold *, copies of `datasets`."""
+    if not path.startswith(("hf://", "http://", "https://")):
+        return [path]
+    import datasets  # takes a second, and files on disk do not need it
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are ours to tell
-    kind = str(path).removesuffix(".gz").rsplit(".", 1)[-1]
-    loader = "parquet" if kind == "parquet" else "text"
-    options = {"sample_by": "document" if kind == "json" else "line"} if loader == "text" else {}
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    with waiting(first):
+    try:
+        urls = datasets.data_files.resolve_pattern(path, base_path="")
+        return datasets.DownloadManager().download(urls)
+    except Exception as error:  # of many kinds: no network, no such dataset, no right to read it
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        fail(f"--data {path} cannot be read: {reason}; without the hub, give files: --data FILE")
+
+
+def printable(path):
+    """A file's name for one line of text: a name may hold line breaks or odd bytes."""
+    return path if path.isprintable() else ascii(path)
+
+
+def file_rows(file, name):
+    """Yield (where, row) for an open file. What it is, its first bytes say, and not its name."""
+    begin = file.peek(4)[:4]
+    if begin == b"PAR1":
+        import pyarrow.parquet as parquet  # came with `datasets`, and takes half a second
+
         try:
-            table = datasets.load_dataset(loader, data_files=str(path), split="train", **options)
-        except (
-            Exception
-        ) as error:  # of many kinds: no file, no network, no gzip, no UTF-8, no Parquet
-            cause = error.__cause__ or error.__context__ or error
-            reason = f"cannot be read: {type(cause).__name__}: {str(cause).splitlines()[0]}"
-            reason = "is empty" if type(cause).__name__ == "SchemaInferenceError" else reason
-            hint = (
-                "; without the hub, give files: --data FILE"
-                if str(path).startswith("hf://")
-                else ""
-            )
-            fail(f"--data {path} {reason}{hint}")
-        options = {"with_indices": True, "remove_columns": table.column_names, "batched": True}
-        known = {"path": str(path), "kind": kind, "code": Path(__file__).read_text()}
-        return table.map(read_rows, fn_kwargs=known, **options).to_list()
-
-
-@contextlib.contextmanager
-def waiting(first):
-    """Run the body on the `first` ranks, and only then on the others."""
-    if world() > 1 and not first:
-        dist.barrier()
-    yield
-    if world() > 1 and first:
-        dist.barrier()
-
-
-def read_rows(columns, places, path, kind, code):
-    """A batch of `datasets`' rows, columns {name: values}, as columns {row (JSON text), dropped, bad}.
-
-    `code` is part of the cache's key, so that changed code reads anew.
-    """
-    found = []
-    for where, row in json_rows(columns, places, path, kind):
-        try:
-            read = read_row(row)
-            found.append((json.dumps(read), "", "") if isinstance(read, dict) else ("", read, ""))
-        except ValueError as error:
-            found.append(("", "", f"{where}: {error}"))
-    return {name: [row[i] for row in found] for i, name in enumerate(("row", "dropped", "bad"))}
-
-
-def json_rows(columns, places, path, kind):
-    """Yield (where, row) of a batch; a row that is no JSON is the ValueError that tells so."""
-    if kind == "parquet":
-        for place, *values in zip(places, *columns.values(), strict=True):
-            yield f"{path}: row {place + 1}", dict(zip(columns, values, strict=True))
+            rows = parquet.read_table(file).to_pylist()
+        except (ValueError, NotImplementedError) as error:
+            raise OSError(str(error)) from None
+        yield from numbered(rows, name)
         return
-    for place, text in zip(places, columns["text"], strict=True):
-        try:
-            parsed = json.loads(text) if text.strip() else []
-        except ValueError as error:
-            parsed = ValueError(f"not JSON ({error})")
-        if parsed == [] or (
-            kind == "json" and isinstance(parsed, list)
-        ):  # an empty line, or all rows
-            yield from ((f"{path}: row {number}", row) for number, row in enumerate(parsed, 1))
-        else:
-            yield f"{path}:{place + 1}", parsed
+    if begin[:2] == b"\x1f\x8b":
+        file = gzip.GzipFile(fileobj=file)
+    lines = file.readlines()
+    first = next((line for line in lines if line.strip()), b"")
+    if first.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":  # all rows in one list
+        rows = parsed(b"".join(lines))
+        if isinstance(rows, list):
+            yield from numbered(rows, name)
+            return
+        if isinstance(parsed(first), ValueError):
+            yield name, rows
+            return
+    for number, line in enumerate(lines, 1):
+        if line.removeprefix(codecs.BOM_UTF8).strip():
+            yield f"{name}:{number}", parsed(line)
 
 
-def read_row(row):
-    """A row in any of the published schemas (SPEC 9) -> {prompt, ...} of texts, or why it is of no use.
+def numbered(rows, name):
+    """Yield (where, row) for rows that do not stand on lines of their own."""
+    for number, row in enumerate(rows, 1):
+        yield f"{name}: row {number}", row
+
+
+def parsed(text):
+    """What a JSON text (str, or bytes of UTF-8) says; if it is none, the ValueError that tells why.
+
+    NaN, which pandas writes where a value is missing, is read as null. Half an emoji, which JSON
+    can spell and no tokenizer can read, becomes U+FFFD.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        value = json.loads(text, parse_constant=lambda name: None)
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            text = json.dumps(value, ensure_ascii=False)
+            value = json.loads(re.sub("[\ud800-\udfff]", "\ufffd", text))
+    except RecursionError:
+        return ValueError("not JSON that can be read: it is nested too deeply")
+    except UnicodeDecodeError as error:
+        return ValueError(f"not UTF-8 text ({error.reason} at byte {error.start})")
+    except ValueError as error:
+        return ValueError(f"not JSON ({error})")
+    return value
+
+
+def read_row(row, task="plain"):
+    """A row in any form of the table -> {prompt, ...}, or a text that says why it is of no use.
 
     Raises ValueError if a field is missing or of the wrong type.
     """
@@ -1746,14 +2027,24 @@ def read_row(row):
         raise row
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with named fields, got {type(row).__name__}")
-    for name, read in SCHEMAS.items():
-        if name in row:
-            return read(row)
-    raise ValueError(f"no known schema: none of the fields {', '.join(SCHEMAS)}")
+    row = {name: value for name, value in row.items() if value is not None}
+    if "chosen" not in row and "rejected" not in row:  # UltraFeedback's pairs have `messages` too
+        for name, read in FORMS.items():
+            if name in row:
+                return read(row)
+    texts = [name for name in (*ANSWERS, "prompt") if name in row]
+    if not texts:
+        known = ", ".join([*FORMS, "chosen", "prompt"])
+        raise ValueError(f"no known form: none of the fields {known}")
+    if row.get("label") is False:  # TRL's unpaired preferences
+        return "a completion that is labelled bad"
+    if any(isinstance(row[name], list) for name in texts):
+        return turns_row(row)
+    return text_row(row, task)
 
 
 def field_of(row, path, kind=str):
-    """The field at a dotted path, such as "info.post", of the wanted type; ValueError if it is not there."""
+    """The field at a dotted path, such as "info.post"; ValueError if it is not of this `kind`."""
     value = row
     for name in path.split("."):
         name = int(name) if isinstance(value, list) and name.isdigit() else name
@@ -1761,91 +2052,272 @@ def field_of(row, path, kind=str):
             value = value[name]
         except (KeyError, IndexError, TypeError):
             raise ValueError(f"field {path!r} is missing") from None
-    if not isinstance(value, kind) or isinstance(value, bool):
+    wrong = isinstance(value, bool) or not isinstance(value, kind)
+    if wrong or (isinstance(value, float) and not math.isfinite(value)):
         kind = getattr(kind, "__name__", "number").replace("str", "text")
         raise ValueError(f"field {path!r} must be a {kind}, got {value!r:.60}")
     return value
 
 
 def pair(prompt, chosen, rejected=None):
-    """The row of a demonstration, or of a pair, whose chosen text is the demonstration (SPEC 7)."""
-    texts = [text.strip() for text in (prompt, chosen, rejected) if text is not None]
-    if not all(texts):
+    """A row of natural language: one space in front of answers; the chosen one is imitated."""
+    row = {"prompt": prompt.rstrip(), "response": " " + chosen.strip()}
+    if rejected is not None:
+        row |= {"chosen": row["response"], "rejected": " " + rejected.strip()}
+    return useful(row)
+
+
+def useful(row):
+    """A row of texts as it is, or why nothing can be learned from it."""
+    answers = [row[name] for name in ("response", "chosen", "rejected") if name in row]
+    if not all(text.strip() for text in (row["prompt"], *answers)):
         return "an empty text"
-    row = {"prompt": prompt.rstrip(), "response": " " + texts[1]}
-    return row if rejected is None else row | {"chosen": " " + texts[1], "rejected": " " + texts[2]}
+    if "chosen" in row and row["chosen"] == row["rejected"]:
+        return "a pair of equal texts"
+    if row["prompt"].endswith("Assistant:") and any("\n\nHuman:" in text for text in answers):
+        return "an answer with a human's turn in it"  # we would teach the model to play both
+    return row
+
+
+def text_row(row, task):
+    """Texts: {prompt[, response or completion][, chosen, rejected]}, or HH's {chosen, rejected}."""
+    texts = {name: field_of(row, name) for name in (*ANSWERS, "prompt") if name in row}
+    is_pair = "chosen" in texts or "rejected" in texts
+    chosen = field_of(row, "chosen") if is_pair else texts.get("response", texts.get("completion"))
+    rejected = field_of(row, "rejected") if is_pair else None
+    if "prompt" not in texts and is_pair:
+        before, found, chosen = chosen.rpartition("Assistant:")
+        other, _, rejected = rejected.rpartition("Assistant:")
+        if not found:
+            raise ValueError("field 'chosen' has no 'Assistant:', and there is no field 'prompt'")
+        return pair(before + found, chosen, rejected) if before == other else TWO_PROMPTS
+    prompt = field_of(row, "prompt")
+    if task in NATURAL and chosen is not None:
+        return pair(prompt, chosen, rejected)
+    found = {"prompt": prompt.rstrip() if task in NATURAL else prompt}
+    if chosen is not None:
+        found["response"] = chosen
+    if rejected is not None:
+        found |= {"chosen": chosen, "rejected": rejected}
+    return useful(found)
+
+
+def turns_row(row):
+    """Lists of turns in `prompt`, `completion`, `chosen`, `rejected`; some may be texts."""
+    prompt = turns_of(row, "prompt") if "prompt" in row else []
+    dialogues = {}
+    for name in ANSWERS:
+        if name in row:
+            turns = turns_of(row, name)
+            whole = turns[: len(prompt)] == prompt or turns[0]["role"] != "assistant"
+            dialogues[name] = turns if whole else prompt + turns
+    if "chosen" not in row and "rejected" not in row:
+        return dialogue_row({"response": next(iter(dialogues.values()), prompt)})
+    for name in ("chosen", "rejected"):
+        if name not in row:
+            raise ValueError(f"field {name!r} is missing")
+    return dialogue_row({name: dialogues[name] for name in ("chosen", "rejected")})
+
+
+def chat_row(row):
+    """One dialogue: {messages: [{role, content}, ...]} or {conversations: [{from, value}, ...]}."""
+    name = "messages" if "messages" in row else "conversations"
+    return dialogue_row({"response": turns_of(row, name)})
+
+
+def alpaca_row(row):
+    """Alpaca: {instruction[, input], output}: a user's turn and its answer."""
+    texts = [field_of(row, name) for name in ("instruction", "input") if row.get(name)]
+    turns = [{"role": "user", "content": "\n\n".join(texts)}]
+    if "output" in row:
+        turns.append({"role": "assistant", "content": field_of(row, "output")})
+    return dialogue_row({"response": turns})
+
+
+def turns_of(row, name):
+    """The turns [{role, content}, ...] in a field; a text is the assistant's, or the prompt's."""
+    if isinstance(row[name], str):
+        answer = [{"role": "assistant", "content": row[name]}]
+        return dialogue(row[name]) if name == "prompt" else answer
+    turns = []
+    for number, turn in enumerate(field_of(row, name, list)):
+        share_gpt = isinstance(turn, dict) and turn.get("from") is not None
+        speaker, content = ("from", "value") if share_gpt else ("role", "content")
+        role = field_of(row, f"{name}.{number}.{speaker}")
+        if role.lower() not in ROLES:
+            raise ValueError(f"field '{name}.{number}' has the unknown role {role!r:.40}")
+        content = field_of(row, f"{name}.{number}.{content}")
+        turns.append({"role": ROLES[role.lower()], "content": content})
+    if not turns:
+        raise ValueError(f"field {name!r} has no turns")
+    return turns
+
+
+def dialogue_row(dialogues):
+    """Dialogues {name: turns} about one prompt -> a row. Only the assistant's last turn is learned.
+
+    A dialogue that ends in another turn is a prompt that waits for an answer.
+    """
+    row = {}
+    for name, turns in dialogues.items():
+        turns = alternating(turns)
+        answered = turns[-1]["role"] == "assistant"
+        before = turns[:-1] if answered else turns
+        if not any(turn["content"].strip() for turn in before):
+            return "an empty text"
+        if row.setdefault("messages", before) != before:
+            return TWO_PROMPTS
+        row["prompt"] = spoken(before)
+        if answered:
+            answer = turns[-1]["content"]
+            row[name] = answer if answer[:1].isspace() else " " + answer
+        elif len(dialogues) > 1:
+            return "a dialogue that ends with the user's turn"
+    if "chosen" in row:
+        row["response"] = row["chosen"]
+    return useful(row)
+
+
+def alternating(turns):
+    """Turns in which neighbours of one role are one: chat templates want roles to alternate."""
+    found = []
+    for turn in turns:
+        if found and found[-1]["role"] == turn["role"]:
+            content = found[-1]["content"] + "\n\n" + turn["content"]
+            found[-1] = {"role": turn["role"], "content": content}
+        else:
+            found.append(turn)
+    return found
+
+
+def spoken(turns):
+    """A prompt's turns as text, as HH has it.
+
+    >>> spoken([{"role": "user", "content": "why?"}])
+    '\\n\\nHuman: why?\\n\\nAssistant:'
+    """
+    texts = [f"\n\n{SPEAKERS[turn['role']]}: {turn['content']}" for turn in turns]
+    return "".join(texts) + "\n\nAssistant:"
+
+
+def dialogue(prompt):
+    """A prompt's text as turns: [System: …] Human: … Assistant:, by its turns; others as one.
+
+    >>> dialogue(" Human: why? Assistant:")
+    [{'role': 'user', 'content': 'why?'}]
+    """
+    begins = r"^\s*(?=System:|Human:|Assistant:)|\n\n(?=Human:|Assistant:)|\s(?=Assistant:$)"
+    speakers = {f"{speaker}:": role for role, speaker in SPEAKERS.items()}
+    before, *turns = re.split(f"(?:{begins})(System:|Human:|Assistant:)", prompt)
+    if before.strip() or len(turns) < 4 or turns[-2:] != ["Assistant:", ""]:
+        return [{"role": "user", "content": prompt}]
+    found = []
+    for speaker, text in zip(turns[:-2:2], turns[1:-2:2], strict=True):
+        found.append({"role": speakers[speaker], "content": text.strip()})
+    return alternating(found)
 
 
 def tldr_row(row):
-    """TL;DR: {info: {post, subreddit}, summaries: [{text}, {text}], choice} or {post, subreddit, summary}."""
+    """TL;DR: {info: {post, ...}, summaries: [{text}, {text}], choice} or {post, ..., summary}."""
     info = "info." if "info" in row else ""
     if info and field_of(row, "info", dict).get("post", "") is None:
         return "not about a Reddit post"
-    subreddit, post = (field_of(row, info + name).strip() for name in ("subreddit", "post"))
+    subreddit = field_of(row, info + "subreddit").strip()
+    post = field_of(row, info + "post").strip()
+    if not post:
+        return "an empty text"
     prompt = f"POST Subreddit: r/{subreddit} {post} TL;DR:"
     if not info:
         return pair(prompt, field_of(row, "summary"))
-    if (choice := field_of(row, "choice", int)) not in (0, 1):
+    choice = field_of(row, "choice", int)
+    if choice not in (0, 1):
         raise ValueError(f"field 'choice' must be 0 or 1, got {choice}")
-    return pair(prompt, *(field_of(row, f"summaries.{i}.text") for i in (choice, 1 - choice)))
+    chosen = field_of(row, f"summaries.{choice}.text")
+    return pair(prompt, chosen, field_of(row, f"summaries.{1 - choice}.text"))
 
 
 def webgpt_row(row):
-    """WebGPT: {question: {full_text}, answer_0, answer_1, score_0, score_1}, without quotes' [n]."""
-    scores = [field_of(row, f"score_{i}", (int, float)) for i in (0, 1)]
-    answers = [re.sub(r"\s*\[\d+(,\s*\d+)*\]", "", field_of(row, f"answer_{i}")) for i in (0, 1)]
+    """WebGPT: {question: {full_text}, answer_i, score_i}; marks of quotations, [n], go."""
+    score_0, score_1 = (field_of(row, f"score_{i}", (int, float)) for i in (0, 1))
+    answers = [field_of(row, f"answer_{i}") for i in (0, 1)]
+    answers = [re.sub(r"\s*\[\d+(,\s*\d+)*\]", "", answer) for answer in answers]
     prompt = f" Human: {field_of(row, 'question.full_text').strip()} Assistant:"
-    if scores[0] == scores[1]:
+    if score_0 == score_1:
         return "equal scores"
-    return pair(prompt, *(answers if scores[0] > scores[1] else answers[::-1]))
+    chosen, rejected = answers if score_0 > score_1 else reversed(answers)
+    return pair(prompt, chosen, rejected)
 
 
 def apps_row(row):
-    """APPS: {question, starter_code, solutions, input_output, difficulty}; the first solution is imitated."""
-    tests, solutions = (row.get(name) or "null" for name in ("input_output", "solutions"))
-    try:
-        tests, solutions = (json.loads(x) if isinstance(x, str) else x for x in (tests, solutions))
-    except ValueError as error:
-        raise ValueError(f"field 'input_output' or 'solutions' is not JSON ({error})") from None
-    if not isinstance(tests, dict) or not tests.get("inputs") or not tests.get("outputs"):
+    """APPS: {question, starter_code, solutions, input_output}; the first solution is imitated."""
+    found = {}
+    for name in ("input_output", "solutions"):
+        value = row.get(name) or None
+        found[name] = parsed(value) if isinstance(value, str) else value
+        if isinstance(found[name], ValueError):
+            raise ValueError(f"field {name!r} is {found[name]}")
+    tests = found["input_output"]
+    if not tests or (isinstance(tests, dict) and not any(map(tests.get, ("inputs", "outputs")))):
         return "no unit tests"
+    check_tests(tests)
     style = "Call-Based" if tests.get("fn_name") else "Standard Input"
-    question, starter = field_of(row, "question").strip(), row.get("starter_code") or ""
+    question = field_of(row, "question").strip()
+    starter = field_of(row, "starter_code") if row.get("starter_code") else ""
     prompt = f"QUESTION:\n{question}\n{starter}\nUse {style} format\nANSWER:"
     problem = {"input_output": tests, "difficulty": row.get("difficulty")}
-    found = {"prompt": prompt, "problem": problem}
-    return found | ({"response": "\n" + solutions[0].strip()} if solutions else {})
+    if not found["solutions"]:
+        return {"prompt": prompt, "problem": problem}
+    solution = field_of(found, "solutions.0")
+    return {"prompt": prompt, "problem": problem, "response": "\n" + solution.strip()}
 
 
-def hh_row(row):
-    """HH-RLHF: {prompt, chosen, rejected}, or {chosen, rejected}, cut at their last "Assistant:"."""
-    chosen, rejected = field_of(row, "chosen"), field_of(row, "rejected")
-    if "prompt" in row:
-        return pair(field_of(row, "prompt"), chosen, rejected)
-    before, found, chosen = chosen.rpartition("Assistant:")
-    other, _, rejected = rejected.rpartition("Assistant:")
-    if not found:
-        raise ValueError("field 'chosen' has no 'Assistant:', and there is no field 'prompt'")
-    return pair(before + found, chosen, rejected) if before == other else "a pair about two prompts"
+def check_tests(input_output):
+    """The unit tests of a row in APPS' form {fn_name, inputs, outputs}, from JSON text or as read.
+
+    With a function's name, each input is the list of its arguments, and each output its result.
+    Without one, programs read and print: both are text, or a list of lines. Raises ValueError for
+    anything else.
+    """
+    tests = parsed(input_output) if isinstance(input_output, str) else input_output
+    if isinstance(tests, ValueError):
+        raise tests
+    if not isinstance(tests, dict):
+        raise ValueError(f"unit tests must be an object with inputs and outputs, got {tests!r:.60}")
+    inputs, outputs = field_of(tests, "inputs", list), field_of(tests, "outputs", list)
+    if not inputs or len(inputs) != len(outputs):
+        raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs are no unit tests")
+    if tests.get("fn_name"):
+        check_calls(tests["fn_name"], inputs)
+        return tests
+    for number, texts in enumerate(zip(inputs, outputs, strict=True), 1):
+        for text in texts:
+            lines = text if isinstance(text, list) else [text]
+            if not all(isinstance(line, str) for line in lines):
+                raise ValueError(
+                    f"unit test {number} must be text or lines of text, got {text!r:.60}"
+                )
+    return tests
 
 
-def plain_row(row):
-    """A row of your own: {prompt, response} or {prompt}."""
-    prompt = field_of(row, "prompt")
-    if "response" in row:
-        return pair(prompt, field_of(row, "response"))
-    return {"prompt": prompt.rstrip()} if prompt.strip() else "an empty text"
+def check_calls(function, inputs):
+    """ValueError unless unit tests call a function that can exist, with lists of arguments."""
+    if not isinstance(function, str) or not function.isidentifier():
+        raise ValueError(f"fn_name must be the name of a function, got {function!r:.60}")
+    for number, given in enumerate(inputs, 1):
+        if not isinstance(given, list):
+            raise ValueError(f"unit test {number} must have a list of arguments, got {given!r:.60}")
 
 
-# A schema by a field that only it has; the first that fits is taken.
-SCHEMAS = {"summaries": tldr_row, "summary": tldr_row, "answer_0": webgpt_row, "question": apps_row}
-SCHEMAS |= {"chosen": hh_row, "rejected": hh_row, "prompt": plain_row}
-# Parquet copies that the hub makes of datasets whose scripts no longer load; plain files where there are any.
-HUB = {
-    "tldr": "openai/summarize_from_feedback@refs/convert/parquet/comparisons/train/*.parquet",
-    "hh": "Dahoas/full-hh-rlhf/data/train-*.parquet",
-    "webgpt": "openai/webgpt_comparisons@refs/convert/parquet/*/train/*.parquet",
-    "apps": "codeparrot/apps/train.jsonl",
+# A form by a field that only it has; the first that fits is taken. Pairs and prompts come after.
+FORMS = {
+    "summaries": tldr_row,
+    "summary": tldr_row,
+    "answer_0": webgpt_row,
+    "answer_1": webgpt_row,
+    "messages": chat_row,
+    "conversations": chat_row,
+    "instruction": alpaca_row,
+    "question": apps_row,
 }
 
 

@@ -116,7 +116,7 @@ def every_cut(mask, logprobs, seeds):
 def test_a_row_s_cuts_are_its_own_whatever_its_padding_place_neighbours_or_mask_type(
     kind, lengths, extra, data
 ):
-    """Rows of no tokens included; log-probabilities are a transposed view with NaN in the padding."""
+    """Rows of no tokens included; log-probabilities: a transposed view with NaN in the padding."""
     mask = mask_of(lengths, width=max(lengths) + extra).to(kind)
     random = torch.Generator().manual_seed(sum(lengths))
     logprobs = -torch.rand(mask.T.shape, generator=random).T.masked_fill(mask == 0, float("nan"))
@@ -256,7 +256,8 @@ def test_mean_is_the_reference_code_s_pooling_on_its_own_segments():
     """Six tokens, n = 3: the reference code always cuts the last token off, into 3, 2 and 1.
 
     KL penalties -0.3 0 -0.6, -0.2 -0.4, 0.1; the RM score 2 is on the last. It sums
-    r_i / |macro action|: -0.9 / 3, -0.6 / 2, 2.1. So the KL penalty shrinks by |macro action| and the score does not.
+    r_i / |macro action|: -0.9 / 3, -0.6 / 2, 2.1. So the KL penalty shrinks by |macro action| and
+    the score does not.
     """
     rewards, mask = torch.tensor([[-0.3, 0, -0.6, -0.2, -0.4, 0.1 + 2]]), mask_of([6])
     seg = torch.tensor([[0, 0, 0, 1, 1, 2]])
