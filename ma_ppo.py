@@ -86,7 +86,7 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -839,17 +839,30 @@ def build_missing_stages(cfg):
 def run_stage(chapter, out, cfg, **paths):
     """Run a chapter for the folder `out`, unless its finished run is there already."""
     name = chapter.__name__
-    flags = ["--task", cfg.task, "--out", out]
-    flags += ["--preset", cfg.preset] if cfg.preset else []
-    flags += ["--model", cfg.model] if cfg.model else []
-    flags += [word for flag, path in paths.items() for word in (f"--{flag}", path)]
-    shared = {setting: getattr(cfg, setting) for setting in SHARED}
-    stage = replace(sft.parse(chapter.Config, name, flags), **shared)
+    flags = stage_flags(chapter, out, cfg, paths)
+    stage = sft.parse(chapter.Config, name, flags)
     if (Path(out) / "run.json").exists():
         check_stage(chapter, out, stage, cfg)
     else:
-        print0(f"{out} is missing; making it, as would: python {name}.py {shlex.join(flags)}")
+        print0(f"{out} is missing; making it: python {name}.py {shlex.join(flags)}")
         chapter.train(stage)
+
+
+def stage_flags(chapter, out, cfg, paths):
+    """The command line that makes a stage; it takes over the settings that are SHARED."""
+    flags = ["--task", cfg.task, "--out", out]
+    flags += ["--preset", cfg.preset] if cfg.preset else []
+    flags += ["--model", cfg.model] if cfg.model else []
+    flags += ["--data", *cfg.data] if cfg.data else []
+    for flag, path in paths.items():
+        flags += [f"--{flag}", path]
+    usual = sft.parse(chapter.Config, chapter.__name__, flags)
+    for setting in SHARED:
+        value = getattr(cfg, setting)
+        if value != getattr(usual, setting):
+            values = value if isinstance(value, list) else [value]
+            flags += [f"--{setting}", *map(str, values)]
+    return flags
 
 
 def check_stage(chapter, out, stage, cfg):

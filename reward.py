@@ -351,7 +351,7 @@ def center(model, rows, tokenizer, cfg, device):
         model.reshard()  # or the change would be made to a copy that is put together, and lost
     with torch.no_grad():
         model.head.bias -= sum(scores) / len(scores)
-    return float(sft.gathered(model.head.bias))
+    return float(sft.gathered(model.head.bias.detach()))
 
 
 def wilson_interval(wins, count):

@@ -679,6 +679,17 @@ def start_tracking(cfg, out):
     return log, writer.close
 
 
+class Writer(dcp.FileSystemWriter):
+    """PyTorch's writer of checkpoints; it tells why a write has failed."""
+
+    def write_data(self, plan, planner):
+        """Write this rank's part. PyTorch hides a full disk behind the error that follows it."""
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            raise error.__context__ or error from None
+
+
 def save_checkpoint(out, training_state, state, keep):
     """Write OUT/checkpoints/step-N for N = state["step"]; keep the newest `keep`. -> its folder
 
@@ -690,7 +701,7 @@ def save_checkpoint(out, training_state, state, keep):
     on_rank0(make_empty, temporary)
     try:
         # One tensor after the other is copied to the CPU and written: never a second copy of all.
-        writer = dcp.FileSystemWriter(temporary, per_thread_copy_ahead=0)
+        writer = Writer(temporary, per_thread_copy_ahead=0)
         dcp.save({"state": training_state}, storage_writer=writer)
     except CheckpointException as error:  # all ranks get it, whichever has failed
         raise StorageError(reason_of(error)) from None
@@ -1240,6 +1251,7 @@ def check_device(cfg):
     try:
         device = pick_device(cfg.device)
         if device.type == "cuda":
+            torch.cuda.init()  # says so in words where there is no GPU, or torch was built without
             torch.cuda.set_device(device)  # or every rank would first use some of GPU 0
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it

@@ -1,4 +1,4 @@
-"""Any causal LM: every architecture of the README goes through the same lines of code, tiny and random."""
+"""Any causal LM: every architecture of the README, tiny and random, in the same lines of code."""
 
 import pytest
 import torch
@@ -43,8 +43,9 @@ def model(request):
 def stages(model, tmp_path):
     """(folder of the model as an SFT model with a tokenizer, folder of an RM on its trunk)."""
     tokenizer = sft.small_tokenizer("toy", [" " + " ".join(f"w{i}" for i in range(VOCAB - 3))])
-    sft.save_run([model, tokenizer], tmp_path / "sft")
-    sft.save_run([reward.ScalarModel.load(tmp_path / "sft"), tokenizer], tmp_path / "reward")
+    sft.save_models([model, tokenizer], tmp_path / "sft")
+    critic = reward.ScalarModel.load(tmp_path / "sft")
+    sft.save_models([critic, tokenizer], tmp_path / "reward")
     return tmp_path
 
 
@@ -56,11 +57,18 @@ def settings(stages, **given):
 
 def one_step(cfg, models, optimizers, tokenizer, step=0):
     """One PPO step of the arm `fixed`; returns its metrics."""
-    prompts = [[3 + (7 * i + j) % (VOCAB - 3) for j in range(1 + i)] for i in range(cfg.batch_size)]
-    examples = [{"number": i, "text": "", "prompt": prompt} for i, prompt in enumerate(prompts)]
+    examples = []
+    for i in range(cfg.batch_size):
+        prompt = [3 + (7 * i + j) % (VOCAB - 3) for j in range(1 + i)]
+        examples.append({"number": i, "text": "", "prompt": prompt})
     rollout = ma_ppo.sample(models["policy"], examples, step, tokenizer, cfg)
     ma_ppo.judge(rollout, models, examples, tokenizer, cfg)
-    ma_ppo.credit("fixed", rollout, tokenizer, cfg)
+    ma_ppo.cut("fixed", rollout, tokenizer, cfg)
+    mask = rollout.batch.mask
+    rewards = ma_ppo.token_rewards(
+        rollout.scores, rollout.logprobs, rollout.ref_logprobs, mask, cfg.beta
+    )
+    ma_ppo.assign_credit("fixed", rollout, rewards, cfg)
     return ma_ppo.improve(rollout, models, optimizers, step, cfg)
 
 
@@ -79,7 +87,9 @@ def test_left_padding_does_not_change_logprobabilities_nor_scores(model, stages)
 
 def test_cached_sampling_of_a_padded_batch_is_that_of_feeding_each_row_anew(model):
     cfg = ma_ppo.Config(max_response=12)
-    uniforms = torch.rand(4, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)  # [B, T]
+    uniforms = torch.rand(
+        4, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )  # [B, T]
     tokenizer = sft.small_tokenizer("toy", [" a b"])  # for its PAD 0 and EOS 1
     together = ma_ppo.generate(model, PROMPTS, uniforms, tokenizer, cfg)
     assert max(map(len, together)) > 8  # beyond the sliding window
@@ -99,7 +109,10 @@ def test_one_ppo_step_runs_with_first_ratio_1_and_moves_policy_and_critic(stages
     result = one_step(cfg, models, optimizers, tokenizer)
     assert result["ratio_first"] == pytest.approx(1, abs=1e-5)
     for name, parameters in before.items():
-        moved = any(not torch.equal(p, q) for p, q in zip(parameters, models[name].parameters(), strict=True))
+        moved = any(
+            not torch.equal(p, q)
+            for p, q in zip(parameters, models[name].parameters(), strict=True)
+        )
         assert moved == (name in ("policy", "critic"))
 
 
@@ -107,11 +120,13 @@ def test_a_saved_model_and_its_critic_come_back_equal(stages, tmp_path):
     models, _, tokenizer = ma_ppo.load_models(settings(stages), torch.device("cpu"))
     batch = sft.make_batch(PROMPTS, RESPONSES, PAD, "cpu")
     for name in ("policy", "critic"):
-        sft.save_run([models[name], tokenizer], tmp_path / name)
+        sft.save_models([models[name], tokenizer], tmp_path / name)
     policy, _ = sft.load_causal_lm(tmp_path / "policy")
     critic = reward.ScalarModel.load(tmp_path / "critic")
     with torch.no_grad():
-        assert torch.equal(sft.response_logits(policy, batch), sft.response_logits(models["policy"], batch))
+        assert torch.equal(
+            sft.response_logits(policy, batch), sft.response_logits(models["policy"], batch)
+        )
         assert torch.equal(critic(batch), models["critic"](batch))
 
 
@@ -120,9 +135,10 @@ def test_micro_batches_of_1_4_and_all_give_the_same_parameters_after_three_steps
     torch.manual_seed(0)
     model, results = hf.LlamaForCausalLM(CONFIGS["llama"]).eval(), []
     tokenizer = sft.small_tokenizer("toy", [" " + " ".join(f"w{i}" for i in range(VOCAB - 3))])
-    sft.save_run([model, tokenizer], tmp_path / "sft")
+    sft.save_models([model, tokenizer], tmp_path / "sft")
     torch.manual_seed(1)
-    sft.save_run([reward.ScalarModel.load(tmp_path / "sft"), tokenizer], tmp_path / "reward")
+    critic = reward.ScalarModel.load(tmp_path / "sft")
+    sft.save_models([critic, tokenizer], tmp_path / "reward")
     for size in (1, 4, 8):
         cfg = settings(tmp_path, micro_batch_size=size, ratio=ratio, ppo_epochs=2)
         models, optimizers, tokenizer = ma_ppo.load_models(cfg, torch.device("cpu"))

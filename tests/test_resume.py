@@ -1,6 +1,6 @@
-"""No run is ever lost: kills at any moment, signals, damaged checkpoints, full disks, two runs in a folder.
+"""No run is lost: kills at any moment, signals, damaged checkpoints, full disks, changed settings.
 
-The runs are children that one process forks, which has loaded everything once: 0.3 s a run instead of 8 s.
+Whatever happens to a run, with --resume auto it ends like one to which nothing has happened.
 """
 
 import json
@@ -10,348 +10,181 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from filelock import FileLock
+from runs import (
+    assert_near,
+    assert_same,
+    command_at,
+    kill_at,
+    line_with,
+    newest,
+    rows,
+)
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sft
 
-ROOT = Path(__file__).parent.parent
-TINY = ["--batch_size", "4", "--max_prompt", "16", "--max_response", "16", "--save_every", "2"]
-# A job: {chapter, argv, log, ranks, port, bytes, at}. `at` is [event, k, action, times]: before the k-th
-# operation on a file in --out ("files"), or behind the k-th call of a function, the last rank kills itself
-# or runs a shell command; and so at the next times - 1 events. An action that is a number kills it within the
-# call, so many seconds after its beginning, or at its end.
-DRIVER = """
-import json, os, resource, signal, subprocess, sys
-sys.argv[0] = "train.py"
-import torch, ma_ppo, reward, sft
-torch.set_num_threads(1)
-sft.TOY_ROWS = 300
-sft.load_rows("toy", ())
-small = {"steps": 3, "batch_size": 4, "max_prompt": 16, "max_response": 16}
-sft.DEFAULTS["toy"] = {"sft": small, "reward": small}  # of the stages that ma_ppo makes
-ma_ppo.draw_curves = lambda *ignored: None
-chapters = {"sft": sft, "reward": reward, "ma_ppo": ma_ppo}
-
-def plant(event, k, action, times=1):
-    seen = 0
-    def count():
-        nonlocal seen
-        seen += 1
-        if k <= seen < k + times:
-            if action == "kill" or isinstance(action, float):
-                os.kill(os.getpid(), signal.SIGKILL)
-            subprocess.run(action.format(pid=os.getpid()), shell=True, check=True)
-    if event == "files":
-        names = "open os.mkdir os.rename os.truncate os.remove os.rmdir shutil.rmtree".split()
-        def hook(name, arguments):
-            if name in names:
-                if str(arguments[0]).startswith(out):
-                    count()
-        sys.addaudithook(hook)
-    else:
-        owner, name = event.rsplit(".", 1)
-        owner = eval(owner)
-        inner = getattr(owner, name)
-        def outer(*args, **options):
-            if isinstance(action, float) and seen == k - 1:
-                subprocess.Popen(["sh", "-c", f"sleep {action}; kill -KILL {os.getpid()}"])
-            result = inner(*args, **options)
-            count()
-            return result
-        setattr(owner, name, outer)
-    return lambda: seen
-
-def train(job, rank):
-    log = os.open(job["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(log, 1), os.dup2(log, 2)
-    if job["ranks"] > 1:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(job["ranks"]), "LOCAL_RANK": str(rank)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
-    if job["bytes"]:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (job["bytes"], job["bytes"]))
-    seen = plant(*job["at"]) if job["at"] and rank == job["ranks"] - 1 else lambda: 0
-    code = 1
-    try:
-        chapters[job["chapter"]].main(job["argv"])
-        code = 0
-    except SystemExit as error:
-        code = error.code
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    print(f"[{seen()} events]", flush=True)
-    os._exit(code)
-
-for line in sys.stdin:
-    job = json.loads(line)
-    out = job["argv"][job["argv"].index("--out") + 1]
-    children = [os.fork() or train(job, rank) for rank in range(job["ranks"])]
-    print(*children, flush=True)
-    print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), flush=True)
-"""
+SFT = ["--steps", 5]  # the short run of SFT; with checkpoints after 2, 4 and 5 steps
 
 
-@pytest.fixture(scope="module")
-def driver():
-    """The process that forks the runs."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", DRIVER], cwd=ROOT, env=environment, **pipes) as process:
-        yield process
-        process.stdin.close()
-
-
-@pytest.fixture(scope="module")
-def stages(driver, tmp_path_factory):
-    """Flags of an SFT model and an RM for the PPO runs."""
-    folder = tmp_path_factory.mktemp("stages")
-    run(driver, "sft", folder / "sft", "--steps", 2)
-    run(driver, "reward", folder / "reward", "--steps", 2, "--sft", folder / "sft")
-    return ["--sft", folder / "sft", "--reward_model", folder / "reward"]
-
-
-def free_port():
-    """A port of this machine on which nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def start(driver, chapter, out, *flags, ranks=1, at=None, most=0, port=0):
-    """Start a run; returns the ids of its processes, one per rank.  most: bytes that a file may have"""
-    argv = [*TINY, "--out", str(out), *map(str, flags)]
-    log = Path(f"{out}.log")
-    log.unlink(missing_ok=True)
-    job = {
-        "chapter": chapter,
-        "argv": argv,
-        "log": str(log),
-        "ranks": ranks,
-        "port": port or free_port(),
-        "at": at,
-        "bytes": most,
-    }
-    print(json.dumps(job), file=driver.stdin, flush=True)
-    return [int(pid) for pid in driver.stdout.readline().split()]
-
-
-def wait(driver, out):
-    """The exit codes of the ranks of a run that was started, and what it printed."""
-    codes = [int(code) for code in driver.stdout.readline().split()]
-    return codes, Path(f"{out}.log").read_text()
-
-
-def run(driver, chapter, out, *flags, codes=(0,), **options):
-    """Run a chapter to its end; returns what it printed."""
-    start(driver, chapter, out, *flags, **options)
-    ended, printed = wait(driver, out)
-    assert ended == list(codes), printed
-    assert "Traceback" not in printed
-    return printed
-
-
-def line(printed, word):
-    """The one line of what was printed that contains `word`."""
-    (found,) = [x for x in printed.splitlines() if word in x]
-    return found
-
-
-def rows(path):
-    """The rows of a .jsonl file without timings; a file that is missing has none."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [{k: v for k, v in json.loads(x).items() if not k.startswith("seconds")} for x in lines]
-
-
-def newest(out):
-    return sft.checkpoints(out)[-1]
-
-
-def same(out, wanted):
-    """Two finished runs are the same, bit by bit: weights, optimizer state, metrics, samples, final model."""
-    for name in sft.LOGS:
-        assert rows(out / name) == rows(wanted / name)
-    assert newest(out).name == newest(wanted).name
-    pairs = [(newest(out) / path.name, path) for path in newest(wanted).glob("*.safetensors")]
-    pairs += [(out / path.relative_to(wanted), path) for path in wanted.glob("model/*.safetensors")]
-    pairs += [(out / path.name, path) for path in wanted.glob("*.safetensors")]
-    assert len(pairs) >= 4
-    for one, two in pairs:
-        assert one.read_bytes() == two.read_bytes(), one
-    assert (out / "run.json").exists()
-    assert not list(out.rglob(".tmp-*"))
-
-
-def chapters(stages):
-    """Each training chapter with the flags of a short run, and the folder in --out that it trains in."""
-    ppo = ["--steps", 4, *stages, "--terminations", "fixed"]
-    return {
-        "sft": (["--steps", 5], "."),
-        "reward": (["--steps", 4, *stages[:2]], "."),
-        "ma_ppo": (ppo, "fixed"),
-    }
+@pytest.fixture
+def interrupted(killed, tmp_path):
+    """A copy of `killed`: an SFT run with checkpoints of steps 2 and 4, killed in its last step."""
+    return Path(shutil.copytree(killed, tmp_path / "sft"))
 
 
 # Kills
 
-
-@pytest.fixture(scope="module")
-def whole(driver, stages, tmp_path_factory):
-    """Each chapter's run in one go: {chapter: (folder, number of its operations on files)}."""
-    made = {}
-    for chapter, (flags, inside) in chapters(stages).items():
-        out = tmp_path_factory.mktemp("whole") / chapter
-        printed = run(driver, chapter, out, *flags, at=["files", -1, ""])
-        made[chapter] = out / inside, int(re.search(r"\[(\d+) events", printed)[1])
-    return made
+MOMENTS = []
+for chapter in ("sft", "reward", "ma_ppo"):
+    MOMENTS.append(pytest.param(chapter, 0))
+    MOMENTS += [pytest.param(chapter, number, marks=pytest.mark.slow) for number in range(1, 4)]
 
 
-def survive(driver, chapter, out, flags, at):
-    """Kill a run at `at`, then finish it with --resume auto."""
-    run(driver, chapter, out, *flags, at=at, codes=[-signal.SIGKILL])
-    return run(driver, chapter, out, *flags, "--resume", "auto")
-
-
-@pytest.mark.parametrize("chapter", ["sft", "reward", "ma_ppo"])
+@pytest.mark.parametrize("chapter, number", MOMENTS)
 def test_a_run_killed_at_any_operation_on_a_file_ends_like_one_that_was_not(
-    driver, stages, whole, tmp_path, chapter
+    driver, short_runs, undisturbed, tmp_path, chapter, number
 ):
-    (wanted, count), (flags, inside) = whole[chapter], chapters(stages)[chapter]
-    assert count > 40
-    for k in random.Random(chapter).sample(range(1, count), 4):
-        out = tmp_path / str(k)
-        survive(driver, chapter, out, flags, ["files", k, "kill"])
-        same(out / inside, wanted)
+    flags, inside = short_runs[chapter]
+    wanted = undisturbed(chapter)
+    assert wanted.operations > 40
+    k = random.Random(f"{chapter} {number}").randint(1, wanted.operations)
+    driver.run_killed(chapter, tmp_path / "run", flags, kill_at("files", k))
+    assert_same(tmp_path / "run" / inside, wanted.folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "at",
     [
-        ["ma_ppo.generate", 3, "kill"],
-        ["ma_ppo.judge", 4, "kill"],
-        ["sft.update", 5, "kill"],  # the policy has been updated, the critic has not
-        ["torch.Tensor.backward", 6, "kill"],
-        ["sft.append_rows", 4, "kill"],  # the step is in metrics.jsonl, but in no checkpoint
-        ["sft.save_file", 6, "kill"],
-        ["sft.digest", 8, "kill"],
-        ["sft.Run.save", 2, "kill"],
+        kill_at("ma_ppo.generate", 3),
+        kill_at("ma_ppo.judge", 4),
+        kill_at("sft.update", 5),  # the policy has been updated, the critic has not
+        kill_at("torch.Tensor.backward", 6),
+        kill_at("sft.append_rows", 4),  # the step is in metrics.jsonl, but in no checkpoint
+        kill_at("sft.dcp.save", 2),  # all is written, and has neither manifest nor name
+        kill_at("sft.fingerprint", 4),
+        kill_at("sft.write_json", 4),
+        kill_at("sft.save_checkpoint", 2),
     ],
-    ids=lambda at: at[0],
+    ids=lambda at: at["event"],
 )
-def test_a_ppo_run_killed_within_a_step_ends_like_one_that_was_not(driver, stages, whole, tmp_path, at):
-    flags, inside = chapters(stages)["ma_ppo"]
-    printed = survive(driver, "ma_ppo", tmp_path / "run", flags, at)
+def test_a_ppo_run_killed_within_a_step_ends_like_one_that_was_not(
+    driver, short_runs, undisturbed, tmp_path, at
+):
+    flags, inside = short_runs["ma_ppo"]
+    printed = driver.run_killed("ma_ppo", tmp_path / "run", flags, at)
     assert "goes on from" in printed
-    same(tmp_path / "run" / inside, whole["ma_ppo"][0])
+    assert_same(tmp_path / "run" / inside, undisturbed("ma_ppo").folder)
 
 
+@pytest.mark.slow
 def test_the_whole_pipeline_goes_on_where_it_was_killed(driver, tmp_path):
-    flags = ["--steps", 2, "--terminations", "token", "fixed"]
-    printed = run(driver, "ma_ppo", tmp_path / "whole", *flags, at=["files", -1, ""])
-    count = int(re.search(r"\[(\d+) events", printed)[1])
-    for k in (count * i // 9 for i in range(1, 9)):
-        out = tmp_path / str(k)
-        survive(driver, "ma_ppo", out, flags, ["files", k, "kill"])
-        for inside in ("sft", "reward", "token", "fixed"):
-            same(out / inside, tmp_path / "whole" / inside)
-    printed = run(driver, "ma_ppo", out, *flags, "--resume", "auto")
-    for inside in ("token", "fixed"):
-        assert line(printed, f"{inside} is already finished")
+    flags = ["--steps", 2, "--arms", "token", "fixed"]
+    folders = ("sft", "reward", "token", "fixed")
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    driver.run("ma_ppo", whole, *flags, at=command_at("files", 0, ""))
+    count = driver.count_events()
+    for i in range(1, 7):
+        shutil.rmtree(out, ignore_errors=True)
+        driver.run_killed("ma_ppo", out, flags, kill_at("files", count * i // 7))
+        for folder in folders:
+            assert_same(out / folder, whole / folder)
+    printed = driver.run("ma_ppo", out, *flags, "--resume", "auto")
+    for arm in ("token", "fixed"):
+        assert line_with(f"{arm} is already finished", printed)
 
 
-def test_metrics_are_cut_back_to_the_checkpoint_even_within_a_line(driver, interrupted, whole):
+def test_metrics_are_cut_back_to_the_checkpoint_even_within_a_line(
+    driver, interrupted, undisturbed
+):
     with (interrupted / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
-    assert "goes on from" in run(driver, "sft", interrupted, *SFT, "--resume", "auto")
-    same(interrupted, whole["sft"][0])
+    printed = driver.run("sft", interrupted, *SFT, "--resume", "auto")
+    assert "goes on from" in printed
+    assert_same(interrupted, undisturbed("sft").folder)
 
 
 # Signals
 
 
-SFT = ["--steps", "5"]
-
-
-@pytest.fixture(scope="module")
-def killed(driver, tmp_path_factory):
-    """An SFT run that was killed in its last step, and has checkpoints of steps 2 and 4."""
-    out = tmp_path_factory.mktemp("killed") / "sft"
-    run(driver, "sft", out, *SFT, at=["sft.update", 5, "kill"], codes=[-signal.SIGKILL])
-    return out
-
-
-@pytest.fixture
-def interrupted(killed, tmp_path):
-    """A copy of that run for one test."""
-    return Path(shutil.copytree(killed, tmp_path / "sft"))
-
-
-@pytest.mark.parametrize("name", ["TERM", "INT"])
-def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(driver, stages, whole, tmp_path, name):
-    (flags, inside), number = chapters(stages)["ma_ppo"], getattr(signal, f"SIG{name}")
-    at = ["ma_ppo.judge", 3, f"kill -{name} {{pid}}"]
-    printed = run(driver, "ma_ppo", tmp_path / "run", *flags, at=at, codes=[128 + number])
+@pytest.mark.parametrize("name", ["TERM", pytest.param("INT", marks=pytest.mark.slow)])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
+    driver, short_runs, undisturbed, tmp_path, name
+):
+    flags, inside = short_runs["ma_ppo"]
+    at = command_at("ma_ppo.judge", 3, f"kill -{name} {{pid}}")
+    code = 128 + getattr(signal, f"SIG{name}")
+    printed = driver.run("ma_ppo", tmp_path / "run", *flags, at=at, codes=[code])
     saved = tmp_path / "run" / inside / "checkpoints" / "step-000003"
-    assert f"SIG{name}: saved {saved}; the same command with --resume auto goes on from it" in printed
-    run(driver, "ma_ppo", tmp_path / "run", *flags, "--resume", "auto")
-    same(tmp_path / "run" / inside, whole["ma_ppo"][0])
+    text = f"SIG{name}: saved {saved}; the same command with --resume auto goes on from it"
+    assert line_with("saved", printed) == text
+    driver.run("ma_ppo", tmp_path / "run", *flags, "--resume", "auto")
+    assert_same(tmp_path / "run" / inside, undisturbed("ma_ppo").folder)
 
 
-def test_a_second_signal_ends_a_run_at_once(driver, stages, whole, tmp_path):
-    flags, inside = chapters(stages)["ma_ppo"]
-    at = ["torch.Tensor.backward", 5, "kill -TERM {pid}", 2]  # policy and critic of the third step
-    run(driver, "ma_ppo", tmp_path / "run", *flags, at=at, codes=[-signal.SIGTERM])
+@pytest.mark.slow
+def test_a_second_signal_ends_a_run_at_once(driver, short_runs, undisturbed, tmp_path):
+    flags, inside = short_runs["ma_ppo"]
+    # in the updates of policy and critic in the third step
+    at = command_at("torch.Tensor.backward", 5, "kill -TERM {pid}", times=2)
+    driver.run("ma_ppo", tmp_path / "run", *flags, at=at, codes=[-signal.SIGTERM])
     assert newest(tmp_path / "run" / inside).name == "step-000002"
-    run(driver, "ma_ppo", tmp_path / "run", *flags, "--resume", "auto")
-    same(tmp_path / "run" / inside, whole["ma_ppo"][0])
+    driver.run("ma_ppo", tmp_path / "run", *flags, "--resume", "auto")
+    assert_same(tmp_path / "run" / inside, undisturbed("ma_ppo").folder)
 
 
-def test_a_signal_during_the_last_save_is_not_lost(driver, whole, tmp_path):
-    at = ["sft.Run.complete", 3, "kill -TERM {pid}"]
-    run(driver, "sft", tmp_path / "run", *SFT, at=at, codes=[-signal.SIGTERM])
-    run(driver, "sft", tmp_path / "run", *SFT, "--resume", "auto")
-    same(tmp_path / "run", whole["sft"][0])
+@pytest.mark.slow
+def test_a_signal_during_the_last_save_is_not_lost(driver, undisturbed, tmp_path):
+    at = command_at("sft.save_checkpoint", 3, "kill -TERM {pid}")
+    driver.run("sft", tmp_path / "run", *SFT, at=at, codes=[-signal.SIGTERM])
+    driver.run("sft", tmp_path / "run", *SFT, "--resume", "auto")
+    assert_same(tmp_path / "run", undisturbed("sft").folder)
 
 
 def test_signal_handlers_are_as_before_once_a_run_is_over(tmp_path):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    for _ in small_run(tmp_path):
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    for _ in small_run(tmp_path).steps():
         assert signal.getsignal(signal.SIGTERM) not in before
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
     with pytest.raises(ZeroDivisionError):
-        for step in small_run(tmp_path):
+        for step in small_run(tmp_path).steps():
             step / 0
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
-# Ranks
+# Another number of ranks
 
 
-@pytest.mark.parametrize("chapter", ["sft", "ma_ppo"])
-@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
-def test_a_run_goes_on_with_another_number_of_ranks(driver, stages, whole, tmp_path, chapter, before, after):
+@pytest.mark.parametrize(
+    "chapter, before, after",
+    [
+        ("ma_ppo", 2, 1),
+        pytest.param("ma_ppo", 1, 2, marks=pytest.mark.slow),
+        pytest.param("sft", 2, 1, marks=pytest.mark.slow),
+        pytest.param("sft", 1, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_goes_on_with_another_number_of_ranks(
+    driver, short_runs, undisturbed, tmp_path, chapter, before, after
+):
     """Only the last rank gets the signal: all of them stop behind the same step."""
-    (flags, inside), out = chapters(stages)[chapter], tmp_path / "run"
-    at = ["sft.micro_slices", 1, "kill -TERM {pid}"]
-    run(driver, chapter, out, *flags, at=at, ranks=before, codes=[143] * before)
+    flags, inside = short_runs[chapter]
+    out = tmp_path / "run"
+    at = command_at("sft.micro_slices", 1, "kill -TERM {pid}")
+    driver.run(chapter, out, *flags, at=at, ranks=before, codes=[143] * before)
     assert newest(out / inside).name == "step-000001"
-    run(driver, chapter, out, *flags, "--resume", "auto", ranks=after, codes=[0] * after)
-    wanted = whole[chapter][0]
-    assert [row["step"] for row in rows(out / inside / "metrics.jsonl")] == list(range(int(flags[1])))
-    for path in newest(wanted).glob("*.safetensors"):
-        one, two = load_file(path), load_file(newest(out / inside) / path.name)
-        assert one.keys() == two.keys()
-        for name in one:
-            torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0)
+    driver.run(chapter, out, *flags, "--resume", "auto", ranks=after)
+    assert_near(out / inside, undisturbed(chapter).folder)
 
 
-# Faults of storage
+# Damaged checkpoints
 
 
 def flip(path):
@@ -361,53 +194,94 @@ def flip(path):
     path.write_bytes(data)
 
 
-DAMAGE = {
-    "truncated weights": (
-        lambda folder: os.truncate(folder / "model.safetensors", 1000),
-        r"model.safetensors has 1,000 bytes instead of \d\d\d,\d\d\d",
-    ),
-    "flipped byte": (
-        lambda folder: flip(folder / "model.safetensors"),
-        "model.safetensors is damaged: its SHA-256 differs",
-    ),
-    "flipped byte of the step": (
-        lambda folder: flip(folder / "state.json"),
-        "state.json is damaged: its SHA-256 differs",
-    ),
-    "missing manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
-    "torn manifest": (lambda folder: os.truncate(folder / "manifest.json", 50), "it cannot be read: .+"),
-    "deleted optimizer": (
-        lambda folder: (folder / "model.optimizer.safetensors").unlink(),
-        "model.optimizer.safetensors is missing",
-    ),
-}
+def damage(folder, kind):
+    """Do to a checkpoint what disks and people do; -> a pattern of what must be said about it."""
+    part = folder / "__0_0.distcp"
+    if kind == "a flipped bit in the weights":
+        flip(part)
+        return "__0_0.distcp is damaged: its SHA-256 differs"
+    if kind == "a flipped bit in the list of weights":
+        flip(folder / ".metadata")
+        return r"\.metadata is damaged: its SHA-256 differs"
+    if kind == "a flipped bit in the step":
+        flip(folder / "state.json")
+        return "state.json is damaged: its SHA-256 differs"
+    if kind == "weights cut short":
+        os.truncate(part, 1000)
+        return r"__0_0.distcp has 1,000 bytes instead of [\d,]+"
+    if kind == "no weights":
+        part.unlink()
+        return "__0_0.distcp is missing"
+    if kind == "no manifest":
+        (folder / "manifest.json").unlink()
+        return "manifest.json is missing"
+    assert kind == "half a manifest"
+    os.truncate(folder / "manifest.json", 50)
+    return "it cannot be read: .+"
+
+
+DAMAGE = [
+    "a flipped bit in the weights",
+    "a flipped bit in the list of weights",
+    "a flipped bit in the step",
+    "weights cut short",
+    "no weights",
+    "no manifest",
+    "half a manifest",
+]
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_reported_and_skipped(driver, interrupted, whole, kind):
-    damage, reason = DAMAGE[kind]
-    damage(interrupted / "checkpoints" / "step-000004")
-    printed = run(driver, "sft", interrupted, *SFT, "--resume", "auto")
-    bad, good = (interrupted / "checkpoints" / f"step-00000{step}" for step in (4, 2))
-    assert re.fullmatch(f"warning: {re.escape(str(bad))} is skipped: {reason}", line(printed, "warning"))
+def test_a_damaged_checkpoint_is_reported_and_skipped(tmp_path, capsys, kind):
+    model = torch.nn.Linear(2, 2)
+    for step in small_run(tmp_path, model, save_every=2).steps():
+        model.weight.data.fill_(step)
+    older, newer = sft.checkpoints(tmp_path)
+    reason = damage(newer, kind)
+    capsys.readouterr()
+    again = small_run(tmp_path, model, resume="auto")
+    warning = line_with("warning", capsys.readouterr().err)
+    assert re.fullmatch(f"warning: {re.escape(str(newer))} is skipped: {reason}", warning)
+    assert (again.first, again.last) == (2, older)
+    assert (model.weight == 1).all()
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(driver, interrupted, undisturbed):
+    flip(interrupted / "checkpoints/step-000004/__0_0.distcp")
+    printed = driver.run("sft", interrupted, *SFT, "--resume", "auto")
+    good = interrupted / "checkpoints" / "step-000002"
     assert f"sft: goes on from {good}, 2 of 5 steps are done" in printed
-    same(interrupted, whole["sft"][0])
+    assert_same(interrupted, undisturbed("sft").folder)
+
+
+@pytest.mark.slow
+def test_what_any_rank_finds_damaged_is_skipped_by_all(driver, short_runs, undisturbed, tmp_path):
+    flags, inside = short_runs["ma_ppo"]
+    at = command_at("ma_ppo.judge", 3, "kill -TERM {pid}")
+    driver.run("ma_ppo", tmp_path, *flags, at=at, ranks=2, codes=[143, 143])
+    flip(newest(tmp_path / inside) / "__1_0.distcp")
+    printed = driver.run("ma_ppo", tmp_path, *flags, "--resume", "auto", ranks=2)
+    assert "step-000003 is skipped: __1_0.distcp is damaged" in line_with("warning", printed)
+    assert_same(tmp_path / inside, undisturbed("ma_ppo", ranks=2).folder)
 
 
 def test_if_every_checkpoint_is_damaged_nothing_is_removed(driver, interrupted):
     for folder in sft.checkpoints(interrupted):
-        flip(folder / "model.safetensors")
+        flip(folder / "__0_0.distcp")
     files = sorted(interrupted.rglob("*"))
-    printed = run(driver, "sft", interrupted, *SFT, "--resume", "auto", codes=[2])
-    wanted = f"error: no checkpoint in {interrupted} is complete; without --resume the run starts anew"
-    assert line(printed, "error") == wanted
+    printed = driver.run("sft", interrupted, *SFT, "--resume", "auto", codes=[2])
+    text = f"no checkpoint in {interrupted} is complete; without --resume the run starts anew"
+    assert line_with("error", printed) == f"error: {text}"
     assert sorted(interrupted.rglob("*")) == files
     assert len(rows(interrupted / "metrics.jsonl")) == 4
 
 
+# Disks
+
+
 @pytest.fixture
 def disk(tmp_path):
-    """A file system of 2 MB, room for one checkpoint of the toy but not for two and the model."""
+    """A file system of 2 MB: room for one checkpoint of the toy, not for two and the model."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
@@ -417,62 +291,86 @@ def disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(driver, disk, whole):
+def enlarge(disk):
+    subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(driver, disk, undisturbed, ranks):
     out = disk / "sft"
-    printed = run(driver, "sft", out, *SFT, ranks=2, codes=[2, 2])
+    printed = driver.run("sft", out, *SFT, ranks=ranks, codes=[2] * ranks)
     last = out / "checkpoints" / "step-000002"
-    error = line(printed, "error")
-    assert error.startswith(f"error: cannot save a checkpoint in {out}: ") and "No space left" in error
-    assert error.endswith(f"; the last complete checkpoint is {last} (--resume auto)")
-    assert sft.checkpoints(out) == [last] and sft.damage(last) is None
+    reason = f"cannot save a checkpoint in {out}: No space left on device"
+    end = f"the last complete checkpoint is {last} (--resume auto)"
+    assert line_with("error", printed) == f"error: {reason}; {end}"
+    assert "Traceback" not in printed
     assert list((out / "checkpoints").iterdir()) == [last]
-    subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
-    run(driver, "sft", out, *SFT, "--resume", "auto", ranks=2, codes=[0, 0])
-    assert [row["step"] for row in rows(out / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    assert sft.damage(last) is None
+    enlarge(disk)
+    driver.run("sft", out, *SFT, "--resume", "auto", ranks=ranks)
+    assert_same(out, undisturbed("sft", ranks=ranks).folder)
 
 
-def test_a_full_disk_under_the_metrics_ends_the_run_in_one_line(driver, disk, whole):
-    run(driver, "sft", disk / "sft", *SFT, at=["sft.update", 4, "kill"], codes=[-9])
-    fill = f"truncate -s 4096 {disk}/sft/metrics.jsonl; cat /dev/zero > {disk}/filler 2> /dev/null; true"
-    at = ["sft.update", 1, fill]  # the next row needs a new page, and there is none
-    printed = run(driver, "sft", disk / "sft", *SFT, "--resume", "auto", at=at, codes=[2])
-    wanted = f"error: cannot write metrics.jsonl in {disk}/sft: No space left on device; the last complete"
-    assert line(printed, "error").startswith(wanted)
+@pytest.mark.slow
+def test_a_full_disk_under_the_metrics_ends_the_run_in_one_line(driver, disk, undisturbed):
+    out = disk / "sft"
+    driver.run("sft", out, *SFT, at=kill_at("sft.update", 4), codes=[-9])
+    # the next row needs a new page, and there is none
+    grow = f"truncate -s 4096 {out}/metrics.jsonl"
+    fill = f"cat /dev/zero > {disk}/filler 2> /dev/null"
+    at = command_at("sft.update", 1, f"{grow}; {fill}; true")
+    printed = driver.run("sft", out, *SFT, "--resume", "auto", at=at, codes=[2])
+    text = f"error: cannot write metrics.jsonl in {out}: No space left on device; the last"
+    assert line_with("error", printed).startswith(text)
     (disk / "filler").unlink()
-    subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
-    run(driver, "sft", disk / "sft", *SFT, "--resume", "auto")
-    same(disk / "sft", whole["sft"][0])
+    enlarge(disk)
+    driver.run("sft", out, *SFT, "--resume", "auto")
+    assert_same(out, undisturbed("sft").folder)
 
 
+@pytest.mark.slow
 def test_a_read_only_folder_is_refused_before_anything_is_computed(driver, disk):
-    (disk / "sft").mkdir()
+    out = disk / "sft"
+    out.mkdir()
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    start(driver, "sft", disk.parent / "log", "--out", disk / "sft", *SFT)
-    codes, printed = wait(driver, disk.parent / "log")
-    assert codes == [2] and f"error: cannot write to {disk}/sft" in printed
+    printed = driver.run("sft", disk.parent / "log", "--out", out, *SFT, codes=[2])
+    assert line_with("error", printed) == f"error: cannot write to {out}"
+    assert "SFT:" not in printed
 
 
-def test_a_file_that_cannot_grow_ends_the_run_with_the_last_checkpoint_intact(driver, interrupted, whole):
-    """The same as a full disk, where nobody may mount one: no file may have more than 500,000 bytes."""
-    printed = run(driver, "sft", interrupted, *SFT, "--resume", "auto", most=400_000, codes=[2])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_file_that_cannot_grow_ends_all_ranks_with_the_last_checkpoint_intact(
+    driver, interrupted, ranks
+):
+    """The same as a full disk, where nobody may mount one; of two ranks only the last meets it."""
+    flags = [*SFT, "--resume", "auto"]
+    codes = [2] * ranks
+    printed = driver.run("sft", interrupted, *flags, ranks=ranks, most_bytes=400_000, codes=codes)
     last = interrupted / "checkpoints" / "step-000004"
-    assert f"error: cannot save a checkpoint in {interrupted}: " in printed
-    assert f"the last complete checkpoint is {last} (--resume auto)" in printed
-    assert sft.damage(last) is None and not list(interrupted.rglob(".tmp-*"))
-    run(driver, "sft", interrupted, *SFT, "--resume", "auto")
-    same(interrupted, whole["sft"][0])
+    reason = f"cannot save a checkpoint in {interrupted}: File too large"
+    end = f"the last complete checkpoint is {last} (--resume auto)"
+    assert line_with("error", printed) == f"error: {reason}; {end}"
+    assert "Traceback" not in printed
+    assert sft.damage(last) is None
+    assert not list(interrupted.rglob(".tmp-*"))
 
 
-@pytest.mark.parametrize("chapter", ["sft", "ma_ppo"])
-def test_a_second_run_in_a_folder_is_refused_and_all_its_ranks_stop(driver, stages, tmp_path, chapter):
-    (flags, inside), out = chapters(stages)[chapter], tmp_path / "run"
-    sft.lock(sft.make_folder(out / inside))
-    for ranks in (1, 2):
-        printed = run(driver, chapter, out, *flags, ranks=ranks, codes=[2] * ranks)
-        wanted = f"error: another run, pid {os.getpid()}, writes to {(out / inside).resolve()}"
-        assert line(printed, "error") == wanted
-    sft._claimed.pop((out / inside).resolve()).close()
-    run(driver, chapter, out, *flags)
+# Two runs in one folder
+
+
+@pytest.mark.parametrize(
+    "chapter, ranks", [("sft", 1), pytest.param("ma_ppo", 2, marks=pytest.mark.slow)]
+)
+def test_a_second_run_in_a_folder_is_refused_and_all_its_ranks_stop(
+    driver, short_runs, tmp_path, chapter, ranks
+):
+    flags, inside = short_runs[chapter]
+    folder = tmp_path / inside
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "run.lock"):
+        printed = driver.run(chapter, tmp_path, *flags, ranks=ranks, codes=[2] * ranks)
+    assert line_with("error", printed) == f"error: another run writes to {folder}"
+    driver.run(chapter, tmp_path, *flags, ranks=ranks)
 
 
 # Settings
@@ -480,132 +378,153 @@ def test_a_second_run_in_a_folder_is_refused_and_all_its_ranks_stop(driver, stag
 
 def test_changed_settings_are_refused_by_name_unless_overridden(driver, interrupted):
     changed = ["--steps", 6, "--lr", 0.1, "--seed", 0, "--resume", "auto"]
-    printed = run(driver, "sft", interrupted, *changed, codes=[2])
+    printed = driver.run("sft", interrupted, *changed, codes=[2])
     last = interrupted / "checkpoints" / "step-000004"
-    wanted = f"error: {last} has other settings: --steps was 5, is 6; --lr was 0.004, is 0.1"
-    assert line(printed, "error") == f"{wanted} (--override goes on with the new)"
+    text = f"error: {last} has other settings: --steps was 5, is 6; --lr was 0.004, is 0.1"
+    assert line_with("error", printed) == f"{text} (--override goes on with the new)"
     assert len(rows(interrupted / "metrics.jsonl")) == 4
-    run(driver, "sft", interrupted, *changed, "--override")
+    driver.run("sft", interrupted, *changed, "--override")
     assert [row["step"] for row in rows(interrupted / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
 
 
-def test_settings_that_cannot_change_the_result_may_change(driver, interrupted, whole):
-    free = ["--save_every", 1, "--keep", 1, "--max_skipped", 9, "--device", "cpu", "--micro_batch_size", 16]
-    run(driver, "sft", interrupted, *SFT, *free, "--resume", "auto")
+def test_settings_that_cannot_change_the_result_may_change(driver, interrupted, undisturbed):
+    free = ["--save_every", 1, "--keep", 1, "--max_skipped", 9, "--timeout", 1000]
+    free += ["--device", "cpu", "--micro_batch_size", 16]
+    driver.run("sft", interrupted, *SFT, *free, "--resume", "auto")
     assert [path.name for path in sft.checkpoints(interrupted)] == ["step-000005"]
-    same(interrupted, whole["sft"][0])
+    assert_same(interrupted, undisturbed("sft").folder)
 
 
-def test_a_finished_run_is_not_trained_again_but_can_be_trained_on(driver, stages, tmp_path):
-    (flags, inside), out = chapters(stages)["ma_ppo"], tmp_path / "run"
-    run(driver, "ma_ppo", out, *flags)
-    before = {path: path.stat().st_mtime_ns for path in (out / inside).rglob("*") if path.name != "run.lock"}
-    assert f"{out / inside} is already finished" in run(driver, "ma_ppo", out, *flags, "--resume", "auto")
-    assert before == {path: path.stat().st_mtime_ns for path in before}
-    more = [*flags, "--steps", 6, "--resume", "auto"]
-    printed = run(driver, "ma_ppo", out, *more, codes=[2])
-    wanted = f"error: {out / inside} is finished, with other settings: --steps was 4, is 6"
-    assert line(printed, "error") == f"{wanted} (--override trains on)"
-    printed = run(driver, "ma_ppo", out, *more, "--override")
-    assert "fixed: goes on from" in printed and "4 of 6 steps are done" in printed
-    assert [row["step"] for row in rows(out / inside / "metrics.jsonl")] == list(range(6))
+def test_a_finished_run_is_not_trained_again_but_can_be_trained_on(driver, undisturbed, tmp_path):
+    out = Path(shutil.copytree(undisturbed("sft").folder, tmp_path / "sft"))
+
+    def times():
+        files = (path for path in out.rglob("*") if path.name != "run.lock")
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = times()
+    printed = driver.run("sft", out, *SFT, "--resume", "auto")
+    assert f"{out} is already finished" in printed
+    assert times() == before
+    more = ["--steps", 6, "--resume", "auto"]
+    printed = driver.run("sft", out, *more, codes=[2])
+    text = f"error: {out} is finished, with other settings: --steps was 5, is 6"
+    assert line_with("error", printed) == f"{text} (--override goes on with the new)"
+    printed = driver.run("sft", out, *more, "--override")
+    assert re.search("sft: goes on from .*, 5 of 6 steps are done", printed)
+    assert [row["step"] for row in rows(out / "metrics.jsonl")] == list(range(6))
 
 
-def test_without_resume_a_run_starts_anew_and_says_so(driver, interrupted, whole):
-    printed = run(driver, "sft", interrupted, *SFT)
-    assert f"starting anew: 2 checkpoints in {interrupted / 'checkpoints'} are removed" in printed
-    same(interrupted, whole["sft"][0])
+def test_without_resume_a_run_starts_anew_and_says_so(driver, interrupted, undisturbed):
+    printed = driver.run("sft", interrupted, *SFT)
+    assert f"starting anew: 2 checkpoints in {interrupted} are removed" in printed
+    assert_same(interrupted, undisturbed("sft").folder)
 
 
-@pytest.mark.parametrize("flags", ["--resume yes", "--keep 0", "--save_every -1", "--max_skipped 0"])
+@pytest.mark.parametrize(
+    "flags", ["--resume yes", "--keep 0", "--save_every -1", "--max_skipped 0", "--timeout 0"]
+)
 def test_impossible_settings_are_refused(capsys, flags):
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(SystemExit) as stop:
         sft.parse(sft.Config, "sft", flags.split())
-    assert error.value.code == 2 and f"error: {flags.split()[0]} must be" in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert f"error: {flags.split()[0]} must be" in capsys.readouterr().err
 
 
 # One checkpoint
 
 
 def small_run(out, model=None, **settings):
-    """A run of four steps of a model, by default a small linear one."""
+    """A run of four steps, begun, of a model, by default a small linear one."""
     model = model or torch.nn.Linear(2, 2)
     cfg = sft.Config(**{"out": str(out), "steps": 4} | settings)
-    optimizer = torch.optim.AdamW(model.parameters(), **sft.ADAM)
-    return sft.Run(cfg, out, "small", {"model": model}, {"model": optimizer})
+    run = sft.Run(cfg, out, "small", {"model": model}, {"model": sft.make_optimizer(model)})
+    run.begin()
+    return run
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path):
-    list(small_run(tmp_path, save_every=1, keep=3))
-    assert [path.name for path in sft.checkpoints(tmp_path)] == [f"step-00000{i}" for i in (2, 3, 4)]
-    list(small_run(tmp_path, save_every=0))
+    list(small_run(tmp_path, save_every=1, keep=3).steps())
+    names = [path.name for path in sft.checkpoints(tmp_path)]
+    assert names == ["step-000002", "step-000003", "step-000004"]
+    list(small_run(tmp_path, save_every=0).steps())
     assert [path.name for path in sft.checkpoints(tmp_path)] == ["step-000004"]
 
 
 def test_a_checkpoint_holds_what_its_manifest_says(tmp_path):
-    list(small_run(tmp_path))
+    list(small_run(tmp_path).steps())
     folder = newest(tmp_path)
     names = {path.name for path in folder.iterdir()}
-    files = {"model.safetensors", "model.optimizer.safetensors", "generators.safetensors", "state.json"}
-    assert names == files | {"manifest.json"}
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest.keys() == files
+    assert manifest.keys() == {"__0_0.distcp", ".metadata", "state.json"}
+    assert names == manifest.keys() | {"manifest.json"}
     for name, (size, digest) in manifest.items():
-        printed = subprocess.run(
-            ["sha256sum", folder / name], capture_output=True, text=True, check=True
-        ).stdout
-        assert (folder / name).stat().st_size == size and printed.split()[0] == digest
+        command = ["sha256sum", folder / name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert (folder / name).stat().st_size == size
+        assert printed.split()[0] == digest
 
 
-def test_tied_weights_are_saved_once_and_stay_tied(tmp_path):
-    size = {"vocab_size": 9, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1}
-    config = LlamaConfig(**size, num_attention_heads=1, tie_word_embeddings=True)
+def test_tied_weights_stay_tied(tmp_path):
+    config = LlamaConfig(
+        vocab_size=9,
+        hidden_size=4,
+        intermediate_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        tie_word_embeddings=True,
+    )
     model, other = LlamaForCausalLM(config), LlamaForCausalLM(config)
-    list(small_run(tmp_path, model))
-    saved = load_file(newest(tmp_path) / "model.safetensors")
-    assert "model.embed_tokens.weight" in saved and "lm_head.weight" not in saved
+    list(small_run(tmp_path, model).steps())
     small_run(tmp_path, other, resume="auto")
     assert other.lm_head.weight is other.model.embed_tokens.weight
-    for one, two in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(one, two)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_global_generators_go_on_too(tmp_path):
-    list(small_run(tmp_path))
+    list(small_run(tmp_path).steps())
     wanted = torch.rand(3)
     torch.manual_seed(1)
     small_run(tmp_path, resume="auto")
     assert torch.equal(torch.rand(3), wanted)
 
 
-def test_a_checkpoint_of_another_model_is_refused_in_one_line(tmp_path, capsys):
-    list(small_run(tmp_path))
+@pytest.mark.parametrize(
+    "other",
+    [torch.nn.Linear(3, 2), torch.nn.Sequential(torch.nn.Linear(2, 2))],
+    ids=["other shapes", "other names"],
+)
+def test_a_checkpoint_of_another_model_is_refused_in_one_line(tmp_path, capsys, other):
+    list(small_run(tmp_path).steps())
     capsys.readouterr()
-    for model in (torch.nn.Linear(3, 2), torch.nn.Sequential(torch.nn.Linear(2, 2))):
-        with pytest.raises(SystemExit):
-            small_run(tmp_path, model, resume="auto", override=True)
-        error = capsys.readouterr().err.split("\r")[-1].lstrip("\n")
-        assert (
-            error.startswith(f"error: {newest(tmp_path)} does not fit the model: ") and error.count("\n") == 1
-        )
+    with pytest.raises(SystemExit) as stop:
+        small_run(tmp_path, other, resume="auto")
+    assert stop.value.code == 2
+    error = line_with("error", capsys.readouterr().err)
+    assert error.startswith(f"error: {newest(tmp_path)} does not fit the model: ")
 
 
 def test_skipped_updates_are_counted_over_interruptions_and_end_the_run(tmp_path, capsys):
     run = small_run(tmp_path, save_every=1, max_skipped=3)
     losses = [math.nan, 1.0, math.nan, math.inf]
-    for step in run:
-        run.log({"step": step, "policy_loss": losses[step], "value_loss": 0.0}, "value_loss")
+    for step in run.steps():
+        row = {"step": step, "policy_loss": losses[step], "value_loss": 0.0}
+        run.log(row, "value_loss")
     again = small_run(tmp_path, steps=6, resume="auto", override=True, max_skipped=3)
     assert again.counters == {"skipped": 3, "in_a_row": 2}
-    with pytest.raises(SystemExit) as error:
-        again.log({"step": 4, "policy_loss": 0.0, "value_loss": math.nan}, "policy_loss", [[1, 2], [3]])
-    assert error.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        row = {"step": 4, "policy_loss": 0.0, "value_loss": math.nan}
+        again.log(row, "policy_loss", [[1, 2], [3]])
+    assert stop.value.code == 2
     bad = json.loads((tmp_path / "bad_batch.json").read_text())
-    assert bad == {"step": 4, "batch_of_each_rank": [[[1, 2], [3]]]}
-    printed = capsys.readouterr().err.splitlines()[-1]
-    assert "the loss is no longer finite: lower --lr" in printed and "3 steps in a row" in printed
-    assert str(newest(tmp_path)) in printed
-    steps = [json.loads(x, parse_constant=pytest.fail) for x in (tmp_path / "metrics.jsonl").open()]
+    assert bad == {"step": 4, "batch": [[1, 2], [3]]}
+    error = line_with("error", capsys.readouterr().err)
+    assert "the loss is no longer finite: lower --lr" in error
+    assert "3 steps in a row" in error
+    assert str(newest(tmp_path)) in error
+    with (tmp_path / "metrics.jsonl").open() as file:
+        steps = [json.loads(line, parse_constant=pytest.fail) for line in file]
     assert [row["policy_loss"] for row in steps] == [None, 1.0, None, None, 0.0]
 
 

@@ -22,7 +22,12 @@ RESPONSES = [[4, 1], [5, 6, 7, 8, 1], [9, 10]]
 
 def tiny_config(seed=0):
     torch.manual_seed(seed)
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     return LlamaConfig(vocab_size=11, initializer_range=0.4, **size)
 
 
@@ -57,7 +62,9 @@ def test_preference_loss_worked_by_hand():
 
 
 def test_preference_loss_survives_a_hopeless_pair():
-    assert float(preference_loss(torch.tensor([-1e4]), torch.tensor([1e4]), 1)) == pytest.approx(2e4)
+    assert float(preference_loss(torch.tensor([-1e4]), torch.tensor([1e4]), 1)) == pytest.approx(
+        2e4
+    )
 
 
 def test_a_saved_model_scores_the_same_after_loading(tmp_path):
@@ -94,7 +101,13 @@ class Digits:
 
 
 def settings(**given):
-    fields = {"task": "hh", "data": ["-"], "batch_size": 7, "micro_batch_size": 3, "max_response": 6}
+    fields = {
+        "task": "hh",
+        "data": ["-"],
+        "batch_size": 7,
+        "micro_batch_size": 3,
+        "max_response": 6,
+    }
     return reward.Config(**fields | given)
 
 
@@ -105,7 +118,8 @@ def text_pairs(count=7, seed=0):
         return " ".join(str(rng.randint(2, 10)) for _ in range(rng.randint(1, 5)))
 
     return [
-        {"prompt": text(), "response": text(), "chosen": text(), "rejected": text()} for _ in range(count)
+        {"prompt": text(), "response": text(), "chosen": text(), "rejected": text()}
+        for _ in range(count)
     ]
 
 
@@ -128,12 +142,22 @@ def one_score(model, prompt, response):
     return float(last_token_scores(model, batch).detach())
 
 
+def test_scores_of_many_examples_come_in_their_order_whatever_the_micro_batch_size():
+    model = tiny_scalar()
+    rows = [{"prompt": row["prompt"], "response": row["chosen"]} for row in text_pairs(9)]
+    examples = sft.encode(rows, Digits(), settings())
+    wanted = [one_score(model, row["prompt"], row["response"]) for row in rows]
+    for size in (1, 4, 100):
+        scores = reward.score_all(model, examples, Digits.pad_token_id, size, "cpu")
+        assert scores == pytest.approx(wanted, abs=1e-5)
+
+
 def test_accuracy_is_the_share_of_pairs_whose_chosen_answer_scores_higher():
     model, rows = tiny_scalar(), text_pairs(20)
-    right = [
-        one_score(model, r["prompt"], r["chosen"]) > one_score(model, r["prompt"], r["rejected"])
-        for r in rows
-    ]
+    right = []
+    for row in rows:
+        chosen, rejected = (one_score(model, row["prompt"], row[x]) for x in reward.PAIR[1:])
+        right.append(chosen > rejected)
     assert 0 < sum(right) < 20
     result = reward.evaluate(model, rows, Digits(), settings(), "cpu")
     assert result == {"pairs": 20, "accuracy": pytest.approx(sum(right) / 20)}
@@ -141,19 +165,37 @@ def test_accuracy_is_the_share_of_pairs_whose_chosen_answer_scores_higher():
 
 def test_noiseless_accuracy_asks_the_gold_score_and_leaves_ties_out(monkeypatch):
     rows = text_pairs(20)
-    quality = {r[name]: len(r[name].split()) for r in rows for name in ("chosen", "rejected")}
-    monkeypatch.setattr(reward, "gold_score", lambda prompt, response: quality[response])
+    for number, row in enumerate(rows):
+        row["facts"] = number  # as if the facts of a post were its number
+    quality = {}
+    for row in rows:
+        for name in ("chosen", "rejected"):
+            quality[row["facts"], row[name]] = len(row[name].split())
+    monkeypatch.setattr(reward, "gold_score", lambda *which: quality[which])
     model, right = tiny_scalar(), []
-    for r in rows:
-        better, worse = sorted((r["chosen"], r["rejected"]), key=quality.get, reverse=True)
-        if quality[better] > quality[worse]:
-            right.append(one_score(model, r["prompt"], better) > one_score(model, r["prompt"], worse))
+    for row in rows:
+        gap = len(row["chosen"].split()) - len(row["rejected"].split())
+        if gap:
+            chosen, rejected = (one_score(model, row["prompt"], row[x]) for x in reward.PAIR[1:])
+            right.append((chosen > rejected) == (gap > 0))
     assert 0 < sum(right) < len(right) < 20
     result = reward.evaluate(model, rows, Digits(), settings(task="toy", data=[]), "cpu")
     assert result["pairs_noiseless"] == len(right)
     assert result["accuracy_noiseless"] == pytest.approx(sum(right) / len(right))
 
 
+@pytest.mark.parametrize(("wins", "count"), [(0, 10), (7, 12), (40, 128), (10, 10)])
+def test_an_interval_ends_where_a_share_would_be_seen_1_96_standard_errors_away(wins, count):
+    seen = wins / count
+    for end, extreme in zip(reward.wilson_interval(wins, count), (0, 1), strict=True):
+        error = math.sqrt(end * (1 - end) / count)
+        assert abs(seen - end) == pytest.approx(1.959964 * error, abs=1e-9) or seen == extreme
+    low, high = reward.wilson_interval(wins, count)
+    assert 0 <= low < high <= 1
+    assert low - 1e-9 <= seen <= high + 1e-9
+
+
+@pytest.mark.filterwarnings("error")
 def test_after_centering_demonstrations_score_0_on_average():
     model, rows = tiny_scalar(), text_pairs(10)
     before = [one_score(model, r["prompt"], r["response"]) for r in rows]
@@ -161,12 +203,14 @@ def test_after_centering_demonstrations_score_0_on_average():
     after = [one_score(model, r["prompt"], r["response"]) for r in rows]
     assert sum(after) / 10 == pytest.approx(0, abs=1e-5)
     assert bias == pytest.approx(-sum(before) / 10, abs=1e-5)
-    assert [a - b for a, b in zip(after, before, strict=True)] == pytest.approx([bias] * 10, abs=1e-5)
+    assert [a - b for a, b in zip(after, before, strict=True)] == pytest.approx(
+        [bias] * 10, abs=1e-5
+    )
 
 
 # The toy: gold score and preferences
 
-POST = "POST Subreddit: r/travel it got foggy as soon as we arrived. so we finally made it to oslo. TL;DR:"
+FACTS = {"weather": "foggy", "place": "oslo"}  # of a post that says nothing else
 TRUE, WRONG = " the weather was mostly foggy for us.", " the weather was mostly sunny for us."
 UNSTATED = " i badly hurt one knee on the stairs."
 FILLER = f" {sft.TOY_FILLERS[0]}."
@@ -197,7 +241,7 @@ PLACES = {"true": 1, "wrong": 10, "repeated": 100, "filler": 1000, "broken": 10_
 )
 def test_gold_score_counts_every_kind_of_sentence(response, wanted, monkeypatch):
     monkeypatch.setattr(reward, "TOY_GOLD", PLACES)
-    assert gold_score(POST, response) == wanted
+    assert gold_score(FACTS, response) == wanted
 
 
 def test_only_true_facts_are_worth_something():
@@ -207,14 +251,19 @@ def test_only_true_facts_are_worth_something():
 
 
 def test_a_summary_of_all_twelve_facts_in_the_toys_words_is_the_best_there_is():
-    row = sft.toy_row(5)
-    sentences = [
-        s.strip() for s in row["prompt"].split(" r/travel ")[-1].split("r/travel")[-1].split(".")[:-1]
-    ]
-    stated = dict(sft.toy_sentences()[sentence] for sentence in sentences)
-    assert len(stated) == 12
-    best = [wording.format(stated[slot]) for slot, (_, wording, *_) in sft.TOY_FACTS.items()]
-    assert gold_score(row["prompt"], sft.toy_text(best)) == 12 * reward.TOY_GOLD["true"]
+    facts = sft.toy_row(5)["facts"]
+    assert len(facts) == 12
+    best = [fact.summary.format(facts[slot]) for slot, fact in sft.TOY_FACTS.items()]
+    assert gold_score(facts, sft.toy_text(best)) == 12 * reward.TOY_GOLD["true"]
+
+
+def test_the_facts_of_a_row_are_those_that_its_post_states():
+    for index in range(50):
+        row = sft.toy_row(index)
+        post = row["prompt"].removeprefix("POST Subreddit: r/travel").removesuffix(" TL;DR:")
+        sentences = [sentence.strip() for sentence in post.split(".")[:-1]]
+        stated = dict(sft.toy_sentences()[sentence] for sentence in sentences)
+        assert list(stated.items()) == list(row["facts"].items())  # in this order, too
 
 
 @pytest.fixture(scope="module")
@@ -222,11 +271,17 @@ def pairs():
     return [toy_pair(sft.toy_row(i)) for i in range(6000)]
 
 
+def margin_of(pair):
+    """By how much the chosen summary is truly better."""
+    facts = pair["facts"]
+    return gold_score(facts, pair["chosen"]) - gold_score(facts, pair["rejected"])
+
+
 def test_the_better_summary_is_preferred_at_the_bradley_terry_rate(pairs):
     scale = float(re.search(r"sigmoid\(([\d.]+) x margin\)", " ".join(toy_pair.__doc__.split()))[1])
     margins = Counter()
     for pair in pairs:
-        gap = gold_score(pair["prompt"], pair["chosen"]) - gold_score(pair["prompt"], pair["rejected"])
+        gap = margin_of(pair)
         margins[round(abs(gap), 2), gap > 0] += 1
     checked = 0
     for margin in {m for m, _ in margins if m > 0}:
@@ -237,18 +292,19 @@ def test_the_better_summary_is_preferred_at_the_bradley_terry_rate(pairs):
             checked += 1
             assert abs(right - rate * (right + wrong)) < 4 * error, margin
     assert checked >= 2
-    expected = sum(n / (1 + math.exp(-scale * m)) for (m, _), n in margins.items() if m > 0)
-    variance = sum(
-        n * math.exp(-scale * m) / (1 + math.exp(-scale * m)) ** 2 for (m, _), n in margins.items() if m > 0
-    )
-    right = sum(n for (m, better), n in margins.items() if m > 0 and better)
+    # And all margins together.
+    expected = variance = right = 0
+    for (margin, better), count in margins.items():
+        if margin > 0:
+            rate = 1 / (1 + math.exp(-scale * margin))
+            expected += count * rate
+            variance += count * rate * (1 - rate)
+            right += count * better
     assert abs(right - expected) < 4 * math.sqrt(variance)
 
 
 def test_which_summary_comes_first_says_nothing_about_equal_ones(pairs):
-    equal = [
-        p for p in pairs if gold_score(p["prompt"], p["chosen"]) == gold_score(p["prompt"], p["rejected"])
-    ]
+    equal = [p for p in pairs if margin_of(p) == 0]
     longer = sum(len(p["chosen"]) > len(p["rejected"]) for p in equal)
     shorter = sum(len(p["chosen"]) < len(p["rejected"]) for p in equal)
     assert abs(longer - shorter) < 4 * math.sqrt(longer + shorter)
@@ -256,7 +312,8 @@ def test_which_summary_comes_first_says_nothing_about_equal_ones(pairs):
 
 def test_a_pair_depends_on_its_row_only_and_fits_into_the_response(pairs):
     assert toy_pair(sft.toy_row(17)) == pairs[17]
-    tokenizer = sft.small_tokenizer("toy", [p["prompt"] + p["chosen"] + p["rejected"] for p in pairs[:500]])
+    texts = [pair["prompt"] + pair["chosen"] + pair["rejected"] for pair in pairs[:500]]
+    tokenizer = sft.small_tokenizer("toy", texts)
     for pair in pairs:
         for name in ("chosen", "rejected"):
             assert pair[name].startswith(" ")
@@ -266,11 +323,14 @@ def test_a_pair_depends_on_its_row_only_and_fits_into_the_response(pairs):
 
 
 def test_the_length_of_a_summary_says_little_about_its_coverage(pairs):
-    """When it did (correlation 0.84), the RM paid for every sentence, and the policy learned to repeat."""
+    """When it did (correlation 0.84), the RM paid for each sentence, and the policy repeated."""
     seen = []
     for text in (pair[name] for pair in pairs[:1000] for name in ("chosen", "rejected")):
-        slots = [sft.toy_sentences().get(s.strip(), (None,))[0] for s in text.split(".")[:-1]]
-        seen.append((len(text.split()), len({slot for slot in slots if slot})))
+        slots = set()
+        for sentence in text.split(".")[:-1]:
+            slot, _ = sft.toy_sentences().get(sentence.strip(), (None, None))
+            slots.add(slot)
+        seen.append((len(text.split()), len(slots - {None})))
     assert np.corrcoef(np.array(seen).T)[0, 1] < 0.65
 
 
@@ -286,8 +346,10 @@ def test_an_edit_drops_or_replaces_one_sentence():
         kinds[more.total(), fewer.total()] += 1
         known = sft.toy_sentences()
         for new in more:
-            slot = known.get(new, ("broken", None))[0]
-            named[slot if slot in (None, "broken") else "again" if new in before else "false"] += 1
+            kind, _ = known.get(new, ("broken", None))
+            if kind not in (None, "broken"):
+                kind = "again" if new in before else "false"
+            named[kind] += 1
     # dropped, replaced (by another, a filler, a fragment or a falsehood), or replaced by itself
     assert {(0, 1), (1, 1)} <= set(kinds) <= {(0, 1), (1, 1), (0, 0)}
     assert set(named) == {None, "broken", "again", "false"}

@@ -1,4 +1,4 @@
-"""Chapter 1: the batch, the loss, data parallelism's bookkeeping, tokenizers, the split, and the toy."""
+"""Chapter 1: the batch, the loss, the update, tokenizers, the split of the rows, the toy, flags."""
 
 import json
 import math
@@ -31,10 +31,17 @@ PROMPTS = [[2, 3, 4, 5, 6], [7], [3, 3, 9]]
 RESPONSES = [[4, 1], [5, 6, 7, 8, 1], [9]]
 
 
-def tiny_llama(seed=0, vocab=11):
-    torch.manual_seed(seed)
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab, initializer_range=0.4, **size)).eval()
+def tiny_llama(vocab=11):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.4,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 def stops(capsys, call, *arguments):
@@ -78,7 +85,8 @@ def test_positions_count_real_tokens_from_0():
 
 
 def test_the_loss_is_that_of_a_loop_over_response_tokens():
-    model, total = tiny_llama(), 0.0
+    model = tiny_llama()
+    total = 0.0
     for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
         for t, token in enumerate(response):
             logits = model(torch.tensor([prompt + response[:t]])).logits[0, -1].tolist()
@@ -87,14 +95,17 @@ def test_the_loss_is_that_of_a_loop_over_response_tokens():
     assert loss.item() == pytest.approx(total / 8, abs=1e-5)
 
 
-class FixedLogits:
-    """A stand-in for a model whose logits do not depend on what it reads: only targets can matter."""
+class FixedLogits(torch.nn.Module):
+    """A model whose logits do not depend on what it reads: only targets can matter."""
 
-    def __init__(self, V=11, S=10):
-        self.logits = torch.randn(S, V, generator=torch.Generator().manual_seed(0)).requires_grad_()  # [S, V]
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.logits = torch.nn.Parameter(torch.randn(10, 11, generator=generator))  # [S, V]
 
-    def __call__(self, input_ids, logits_to_keep=0, **rest):
-        return SimpleNamespace(logits=self.logits.expand(len(input_ids), -1, -1)[:, -logits_to_keep:])
+    def forward(self, input_ids, logits_to_keep=0, **rest):
+        logits = self.logits.expand(len(input_ids), -1, -1)  # [B, S, V]
+        return SimpleNamespace(logits=logits[:, -logits_to_keep:])
 
 
 def test_only_response_tokens_are_targets():
@@ -116,9 +127,8 @@ def test_logits_in_front_of_prompt_tokens_get_no_gradient():
     model = FixedLogits()
     sft_loss(model, make_batch([PROMPTS[0]], [RESPONSES[1]], 0, "cpu"), 5).backward()
     touched = model.logits.grad.abs().sum(1) > 0  # [S]: 5 prompt tokens, 5 response tokens
-    assert touched.tolist() == [False] * 4 + [True] * 5 + [
-        False
-    ]  # position 4 predicts the first response token
+    # the prompt's last token predicts the first of the response; the last predicts nothing
+    assert touched.tolist() == [False] * 4 + [True] * 5 + [False]
 
 
 # The update
@@ -127,7 +137,10 @@ def test_logits_in_front_of_prompt_tokens_get_no_gradient():
 def rows_of(count=7, seed=0):
     rng = random.Random(seed)
     return [
-        {name: [rng.randint(2, 10) for _ in range(rng.randint(1, 6))] for name in ("prompt", "response")}
+        {
+            name: [rng.randint(2, 10) for _ in range(rng.randint(1, 6))]
+            for name in ("prompt", "response")
+        }
         for _ in range(count)
     ]
 
@@ -140,7 +153,7 @@ def test_the_micro_batch_size_does_not_change_the_parameters_after_an_update():
         model = tiny_llama()
         before = torch.cat([p.detach().flatten() for p in model.parameters()])
         losses = sft.micro_losses(model, rows, tokenizer, count, size, "cpu")
-        # SGD, for Adam's step hides the scale of the gradient; and no norm clipping, for that hides it too
+        # SGD without clipping: Adam's step and clipping both hide the scale of the gradient
         loss = sft.update(model, torch.optim.SGD(model.parameters()), losses, lr=0.1, max_norm=1e9)
         results.append((loss, torch.cat([p.detach().flatten() for p in model.parameters()])))
         assert (results[-1][1] - before).abs().max() > 1e-3
@@ -152,8 +165,13 @@ def test_the_micro_batch_size_does_not_change_the_parameters_after_an_update():
 def test_an_update_sums_its_losses_clips_the_norm_and_sets_the_learning_rate():
     weight = torch.nn.Linear(2, 1, bias=False)
     torch.nn.init.zeros_(weight.weight)
-    losses = [lambda: 3 * weight.weight[0, 0], lambda: 4 * weight.weight[0, 1] + 1]  # gradient (3, 4), norm 5
-    loss = sft.update(weight, torch.optim.SGD(weight.parameters(), lr=99), losses, lr=0.5, max_norm=1)
+    losses = [
+        lambda: 3 * weight.weight[0, 0],
+        lambda: 4 * weight.weight[0, 1] + 1,
+    ]  # gradient (3, 4), norm 5
+    loss = sft.update(
+        weight, torch.optim.SGD(weight.parameters(), lr=99), losses, lr=0.5, max_norm=1
+    )
     assert loss == 1
     assert weight.weight[0].tolist() == pytest.approx([-0.5 * 3 / 5, -0.5 * 4 / 5], abs=1e-5)
 
@@ -168,7 +186,7 @@ def test_the_ranks_shares_are_the_global_batch_in_order(monkeypatch):
     shares = []
     for rank in range(3):
         monkeypatch.setattr(sft, "rank", lambda rank=rank: rank)
-        shares.append(sft.shard([10, 11, 12, 13, 14, 15]))
+        shares.append(sft.my_share([10, 11, 12, 13, 14, 15]))
     assert shares == [[10, 11], [12, 13], [14, 15]]
 
 
@@ -213,7 +231,9 @@ def toy_tokenizer():
 
 @pytest.fixture(scope="module")
 def bytes_tokenizer():
-    return sft.small_tokenizer("hh", ["Human: is this a test?\n\nAssistant: Yes. It is, isn't it?"] * 20)
+    return sft.small_tokenizer(
+        "hh", ["Human: is this a test?\n\nAssistant: Yes. It is, isn't it?"] * 20
+    )
 
 
 def test_the_toys_tokenizer_decodes_to_what_it_encoded(toy_tokenizer):
@@ -225,22 +245,25 @@ def test_the_toys_tokenizer_decodes_to_what_it_encoded(toy_tokenizer):
             assert toy_tokenizer.decode(ids).strip() == text.strip()
 
 
-@settings(max_examples=200)
 @given(st.text())
 def test_the_byte_level_tokenizer_decodes_any_text_to_itself(bytes_tokenizer, text):
     if any(token in text for token in bytes_tokenizer.all_special_tokens):
         return
-    assert bytes_tokenizer.decode(bytes_tokenizer(text).input_ids, clean_up_tokenization_spaces=False) == text
+    ids = bytes_tokenizer(text).input_ids
+    assert bytes_tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
 @pytest.mark.parametrize(
-    "text", ["naïve café — 日本語 🙂\n\n\ttabs", " don 't , stop .", "  two  spaces ", "\u0000\ud7ff"]
+    "text",
+    ["naïve café — 日本語 🙂\n\n\ttabs", " don 't , stop .", "  two  spaces ", "\u0000\ud7ff"],
 )
 def test_unicode_and_odd_spaces_survive_the_default_decoding(bytes_tokenizer, text):
     assert bytes_tokenizer.decode(bytes_tokenizer(text).input_ids) == text
 
 
-def test_both_tokenizers_have_pad_and_eos_apart_and_survive_saving(toy_tokenizer, bytes_tokenizer, tmp_path):
+def test_both_tokenizers_have_pad_and_eos_apart_and_survive_saving(
+    toy_tokenizer, bytes_tokenizer, tmp_path
+):
     for name, tokenizer in (("toy", toy_tokenizer), ("hh", bytes_tokenizer)):
         assert tokenizer.pad_token_id != tokenizer.eos_token_id
         tokenizer.save_pretrained(tmp_path / name)
@@ -248,7 +271,10 @@ def test_both_tokenizers_have_pad_and_eos_apart_and_survive_saving(toy_tokenizer
         text = " the weather was mostly foggy for us."
         assert again(text).input_ids == tokenizer(text).input_ids
         assert again.decode(again(text).input_ids) == tokenizer.decode(tokenizer(text).input_ids)
-        assert (again.pad_token_id, again.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        assert (again.pad_token_id, again.eos_token_id) == (
+            tokenizer.pad_token_id,
+            tokenizer.eos_token_id,
+        )
 
 
 def encoded(toy_tokenizer, **limits):
@@ -282,10 +308,14 @@ class WithBos:
     def __call__(self, texts, add_special_tokens=True):
         if isinstance(texts, str):
             return SimpleNamespace(input_ids=[1] * add_special_tokens + [ord(c) for c in texts])
-        return SimpleNamespace(input_ids=[[1] * add_special_tokens + [ord(c) for c in t] for t in texts])
+        return SimpleNamespace(
+            input_ids=[[1] * add_special_tokens + [ord(c) for c in t] for t in texts]
+        )
 
 
-@pytest.mark.parametrize(("limit", "kept"), [(9, [7, 8, 9]), (4, [7, 8, 9]), (3, [8, 9]), (2, [9]), (1, [])])
+@pytest.mark.parametrize(
+    ("limit", "kept"), [(9, [7, 8, 9]), (4, [7, 8, 9]), (3, [8, 9]), (2, [9]), (1, [])]
+)
 def test_a_bos_stays_in_front_of_a_truncated_prompt_and_counts(limit, kept):
     row = {"prompt": "\x07\x08\x09", "response": "\x05"}
     (got,) = sft.encode([row], WithBos(), Config(max_prompt=limit))
@@ -293,13 +323,15 @@ def test_a_bos_stays_in_front_of_a_truncated_prompt_and_counts(limit, kept):
 
 
 def save_gpt2_with_pad_as_eos(folder, vocab_rows):
-    """What many hub models look like: no PAD of their own, EOS doing its work, dropout in the config."""
+    """What many hub models look like: EOS does the work of PAD, and there is dropout."""
     torch.manual_seed(0)
     tokenizer = sft.small_tokenizer("hh", ["a few words to learn pieces from"])
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(folder)
     size = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer) + vocab_rows, **size)).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer) + vocab_rows, **size)).save_pretrained(
+        folder
+    )
     return tokenizer
 
 
@@ -326,7 +358,8 @@ def test_a_loaded_model_has_its_dropout_off(tmp_path):
 
 def test_a_saved_run_loads_with_equal_logits(tmp_path, toy_tokenizer):
     model, batch = tiny_llama(vocab=len(toy_tokenizer)), make_batch(PROMPTS, RESPONSES, 0, "cpu")
-    sft.save_run([model, toy_tokenizer], tmp_path, Config(steps=7), {"test_loss": 1.5})
+    sft.save_models([model, toy_tokenizer], tmp_path)
+    sft.write_result(tmp_path, Config(steps=7), {"test_loss": 1.5})
     again, tokenizer = sft.load_causal_lm(tmp_path)
     logits = sft.response_logits(model, batch)
     assert torch.equal(sft.response_logits(again, batch), logits)
@@ -351,7 +384,9 @@ def test_a_model_without_eos_is_refused(tmp_path, capsys):
 
 def test_the_shares_are_disjoint_complete_and_sized_10_then_20_40_40():
     rows = [{"prompt": f"question {i}", "number": i} for i in range(1000)]
-    shares = {name: [row["number"] for row in split(rows, name)] for name in ("test", "sft", "rm", "ppo")}
+    shares = {
+        name: [row["number"] for row in split(rows, name)] for name in ("test", "sft", "rm", "ppo")
+    }
     assert sorted(number for share in shares.values() for number in share) == list(range(1000))
     assert {name: len(share) for name, share in shares.items()} == {
         "test": 100,
@@ -380,14 +415,19 @@ def test_the_split_depends_on_no_other_randomness():
     assert results[0] != rows[28:64]  # shuffled
 
 
-def test_toy_posts_state_twelve_facts_and_summaries_some_of_them():
+def facts_in(text):
+    """What the sentences of a toy text state, in order: (slot, value) each."""
+    return [sft.toy_sentences()[sentence.strip()] for sentence in text.split(".")[:-1]]
+
+
+def test_toy_posts_state_their_twelve_facts_and_summaries_some_of_them():
     for index in range(200):
         row = sft.toy_row(index)
         assert row == sft.toy_row(index)
-        post = row["prompt"].removeprefix("POST Subreddit: r/travel ").removesuffix(" TL;DR:").split(". ")
-        facts = [sft.toy_sentences()[sentence.strip(" .")] for sentence in post]
-        assert len({slot for slot, _ in facts}) == len(facts) == 12
-        stated = [sft.toy_sentences()[s.strip()] for s in row["response"].split(".")[:-1]]
+        post = row["prompt"].removeprefix("POST Subreddit: r/travel").removesuffix(" TL;DR:")
+        assert facts_in(post) == list(row["facts"].items())
+        assert len(row["facts"]) == 12
+        stated = facts_in(row["response"])
         assert {slot for slot, _ in stated} - {None}
         assert len(stated) <= sft.TOY_LONGEST
 
@@ -396,14 +436,17 @@ def test_toy_demonstrations_are_sometimes_wrong_repeated_or_filled():
     kinds = Counter()
     for index in range(500):
         row = sft.toy_row(index)
-        facts = {sft.toy_sentences()[s.strip()] for s in row["prompt"][24:-7].split(".")[:-1]}
         seen = set()
-        for sentence in row["response"].split(".")[:-1]:
-            fact = sft.toy_sentences()[sentence.strip()]
-            kinds["filler" if fact[0] is None else "repeat" if fact[0] in seen else fact in facts] += 1
-            seen.add(fact[0])
-    assert kinds[True] > 0.5 * kinds.total()
-    assert all(kinds[kind] > 0.02 * kinds.total() for kind in (False, "filler", "repeat"))
+        for slot, value in facts_in(row["response"]):
+            if slot is None:
+                kinds["filler"] += 1
+            elif slot in seen:
+                kinds["repeated"] += 1
+            else:
+                kinds["right" if row["facts"][slot] == value else "wrong"] += 1
+            seen.add(slot)
+    assert kinds["right"] > 0.5 * kinds.total()
+    assert all(kinds[kind] > 0.02 * kinds.total() for kind in ("wrong", "filler", "repeated"))
 
 
 def test_toy_responses_average_60_to_100_tokens_and_all_fit(toy_tokenizer):
@@ -413,7 +456,7 @@ def test_toy_responses_average_60_to_100_tokens_and_all_fit(toy_tokenizer):
 
 
 def test_held_out_toy_posts_are_not_among_those_trained_on():
-    rows = sft.load_rows("toy", ())
+    rows = [sft.toy_row(i) for i in range(5000)]
     shares = [{row["prompt"] for row in split(rows, name)} for name in ("test", "sft", "rm", "ppo")]
     assert sum(map(len, shares)) == len(set.union(*shares)) == len({row["prompt"] for row in rows})
     assert len(set.union(*shares)) > 0.999 * len(rows)
@@ -423,26 +466,45 @@ def test_held_out_toy_posts_are_not_among_those_trained_on():
 
 
 def test_a_flag_overrides_the_tasks_default_which_overrides_the_chapters():
-    data = "pairs.jsonl"
-    task = sft.DEFAULTS["hh"]["sft"]
-    hh = sft.parse(Config, "sft", ["--task", "hh", "--data", data, "--lr", "0.5"])
-    assert (hh.batch_size, hh.lr) == (task["batch_size"], 0.5)
+    hh = sft.parse(Config, "sft", ["--task", "hh", "--data", "pairs.jsonl", "--lr", "0.5"])
+    assert f"--batch_size {hh.batch_size} " in sft.TASK_FLAGS["hh"]["sft"]
+    assert hh.batch_size != Config().batch_size
+    assert hh.lr == 0.5
     toy = sft.parse(Config, "sft", [])
     assert (toy.batch_size, toy.lr) == (Config().batch_size, Config().lr)
-    assert hh.max_prompt == task["max_prompt"] != toy.max_prompt
+
+
+def test_a_pretrained_model_is_fine_tuned_at_small_rates_unless_told_otherwise():
+    own = ["--task", "plain", "--data", "rows.jsonl", "--model", "gpt2"]
+    for chapter, config in (("sft", Config), ("reward", reward.Config), ("ma_ppo", ma_ppo.Config)):
+        assert sft.parse(config, chapter, own).lr <= 5e-5
+        assert sft.parse(config, chapter, own[:4]).lr > 1e-4
+        assert sft.parse(config, chapter, [*own, "--lr", "0.5"]).lr == 0.5
+    assert sft.parse(ma_ppo.Config, "ma_ppo", own).critic_lr <= 5e-5
+
+
+def test_a_preset_names_task_and_model_and_yields_to_flags():
+    preset = ["--preset", "gemma-7b-webgpt"]
+    cfg = sft.parse(ma_ppo.Config, "ma_ppo", preset)
+    assert (cfg.task, cfg.model, cfg.beta, cfg.lr) == ("webgpt", "google/gemma-7b", 0.1, 1e-6)
+    cfg = sft.parse(ma_ppo.Config, "ma_ppo", [*preset, "--beta", "0.2", "--model", "here"])
+    assert (cfg.task, cfg.model, cfg.beta, cfg.lr) == ("webgpt", "here", 0.2, 1e-6)
 
 
 def test_output_folders_follow_the_task_and_the_chapter():
     data = "pairs.jsonl"
     assert sft.parse(Config, "sft", []).out == "runs/toy/sft"
-    assert sft.parse(reward.Config, "reward", ["--task", "hh", "--data", data]).out == "runs/hh/reward"
+    assert (
+        sft.parse(reward.Config, "reward", ["--task", "hh", "--data", data]).out == "runs/hh/reward"
+    )
     assert sft.parse(ma_ppo.Config, "ma_ppo", []).out == "runs/toy"
     assert sft.parse(Config, "sft", ["--out", "here"]).out == "here"
 
 
 def test_the_shared_flags_are_spelled_the_same_way_in_every_chapter():
-    shared = {"task", "model", "out", "seed", "steps", "batch_size", "micro_batch_size", "lr", "device"}
-    ppo = "sft reward_model terminations n gamma lam beta sigma macro_reward ratio critic_lr clip ppo_epochs"
-    ppo += " max_response temperature top_k top_p"
-    assert shared <= set(sft.Config.__dataclass_fields__)  # which the later chapters inherit
+    shared = "task model out seed steps batch_size micro_batch_size lr device"
+    ppo = "sft reward_model arms n gamma lam beta sigma macro_reward ratio critic_lr clip"
+    ppo += " ppo_epochs max_response temperature top_k top_p"
+    assert set(shared.split()) <= set(sft.Config.__dataclass_fields__)  # which the others inherit
     assert set(ppo.split()) <= set(ma_ppo.Config.__dataclass_fields__)
+    assert sft.parse(ma_ppo.Config, "ma_ppo", ["--terminations", "whole"]).arms == ["whole"]

@@ -1,118 +1,134 @@
-"""--shard: models split among ranks by FSDP2 are trained, sampled from, saved and resumed like whole ones."""
+"""--shard: models split among ranks by FSDP2 are trained, sampled from, saved and resumed."""
 
 import math
 import signal
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from test_ranks import on_ranks
-from test_resume import chapters, driver, newest, rows, run, same, stages, whole  # noqa: F401
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from runs import assert_near, assert_same, command_at, kill_at, newest
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import reward
 import sft
 
-
-def near(out, wanted):
-    """Two runs have the same steps, and weights and optimizer states within 1e-5."""
-    assert [row["step"] for row in rows(out / "metrics.jsonl")] == [
-        row["step"] for row in rows(wanted / "metrics.jsonl")
-    ]
-    assert newest(out).name == newest(wanted).name
-    for path in newest(wanted).glob("*.safetensors"):
-        one, two = load_file(newest(out) / path.name), load_file(path)
-        assert one.keys() == two.keys()
-        for name in one:
-            torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0)
+CHAPTERS = ["sft", "reward", "ma_ppo"]
 
 
-@pytest.mark.parametrize("chapter", ["sft", "reward", "ma_ppo"])
-def test_a_sharded_run_is_the_run_of_one_process(driver, stages, whole, tmp_path, chapter):  # noqa: F811
-    (flags, inside), out = chapters(stages)[chapter], tmp_path / "run"
-    run(driver, chapter, out, *flags, "--shard", ranks=2, codes=(0, 0))
-    near(out / inside, whole[chapter][0])
-    folder = out / inside / "model" if chapter == "ma_ppo" else out
-    if chapter == "reward":
-        model = reward.ScalarModel.load(folder)
-        other = reward.ScalarModel.load(whole[chapter][0])
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        other = AutoModelForCausalLM.from_pretrained(whole[chapter][0] / folder.relative_to(out / inside))
+@pytest.mark.slow
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_sharded_run_is_the_run_of_one_process(
+    driver, short_runs, undisturbed, tmp_path, chapter
+):
+    flags, inside = short_runs[chapter]
+    driver.run(chapter, tmp_path, *flags, "--shard", ranks=2)
+    out, wanted = tmp_path / inside, undisturbed(chapter).folder
+    assert_near(out, wanted)
+    if chapter == "ma_ppo":
+        out, wanted = out / "model", wanted / "model"
+    kind = reward.ScalarModel.load if chapter == "reward" else AutoModelForCausalLM.from_pretrained
+    model, other = kind(out), kind(wanted)
+    if chapter != "reward":
         assert model.config.architectures == ["LlamaForCausalLM"]
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-5, rtol=0, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "before, after", [((2, "--shard"), (1,)), ((1,), (2, "--shard")), ((2, "--shard"),) * 2]
+    "before, after", [("two shards", "one"), ("one", "two shards"), ("two shards", "two shards")]
 )
-def test_sharded_and_whole_runs_go_on_from_each_other(driver, stages, whole, tmp_path, before, after):  # noqa: F811
-    (flags, inside), out = chapters(stages)["ma_ppo"], tmp_path / "run"
-    at = ["sft.micro_slices", 1, "kill -TERM {pid}"]
-    run(driver, "ma_ppo", out, *flags, *before[1:], at=at, ranks=before[0], codes=[143] * before[0])
-    assert newest(out / inside).name == "step-000001"
-    run(driver, "ma_ppo", out, *flags, *after[1:], "--resume", "auto", ranks=after[0], codes=[0] * after[0])
-    near(out / inside, whole["ma_ppo"][0])
+def test_sharded_and_whole_runs_go_on_from_each_other(
+    driver, short_runs, undisturbed, tmp_path, before, after
+):
+    ranks = {"one": 1, "two shards": 2}
+    extra = {"one": [], "two shards": ["--shard"]}
+    flags, inside = short_runs["ma_ppo"]
+    at = command_at("sft.micro_slices", 1, "kill -TERM {pid}")
+    codes = [143] * ranks[before]
+    driver.run("ma_ppo", tmp_path, *flags, *extra[before], ranks=ranks[before], at=at, codes=codes)
+    assert newest(tmp_path / inside).name == "step-000001"
+    more = [*extra[after], "--resume", "auto"]
+    driver.run("ma_ppo", tmp_path, *flags, *more, ranks=ranks[after])
+    assert_near(tmp_path / inside, undisturbed("ma_ppo").folder)
 
 
-@pytest.mark.parametrize("chapter", ["sft", "reward", "ma_ppo"])
-def test_a_sharded_run_that_was_killed_goes_on(driver, stages, tmp_path, chapter):  # noqa: F811
-    (flags, inside), killed = chapters(stages)[chapter], (1, -signal.SIGKILL)
-    flags = [*flags, "--shard"]
-    run(driver, chapter, tmp_path / "whole", *flags, ranks=2, codes=(0, 0))
-    at = ["torch.Tensor.backward", 6 if chapter == "ma_ppo" else 3, "kill"]
-    printed = run(driver, chapter, tmp_path / "run", *flags, ranks=2, at=at, codes=killed)
-    assert "rank 0: another rank has died" in printed
-    printed = run(driver, chapter, tmp_path / "run", *flags, "--resume", "auto", ranks=2, codes=(0, 0))
+@pytest.mark.slow
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_sharded_run_that_was_killed_goes_on(driver, short_runs, undisturbed, tmp_path, chapter):
+    flags, inside = short_runs[chapter]
+    at = kill_at("torch.Tensor.backward", 6 if chapter == "ma_ppo" else 3)
+    codes = [1, -signal.SIGKILL]
+    driver.run(chapter, tmp_path, *flags, "--shard", ranks=2, at=at, codes=codes)
+    more = ["--shard", "--resume", "auto"]
+    printed = driver.run(chapter, tmp_path, *flags, *more, ranks=2)
     assert "goes on from" in printed
-    same(tmp_path / "run" / inside, tmp_path / "whole" / inside)
+    assert_same(tmp_path / inside, undisturbed(chapter, "--shard", ranks=2).folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_more_ranks_end_with_the_parameters_of_one(driver, stages, tmp_path, ranks):  # noqa: F811
-    flags = ["--steps", 5, *stages, "--terminations", "fixed"]
-    for count in (1, ranks):
-        run(driver, "ma_ppo", tmp_path / str(count), *flags, ranks=count, codes=[0] * count)
-    near(tmp_path / str(ranks) / "fixed", tmp_path / "1/fixed")
+def test_more_ranks_end_with_the_parameters_of_one(
+    driver, short_runs, undisturbed, tmp_path, ranks
+):
+    """Without --shard too."""
+    flags, inside = short_runs["ma_ppo"]
+    driver.run("ma_ppo", tmp_path, *flags, ranks=ranks)
+    assert_near(tmp_path / inside, undisturbed("ma_ppo").folder)
 
 
-def test_a_model_with_tied_weights_is_sharded_and_saved(driver, stages, tmp_path):  # noqa: F811
+@pytest.mark.slow
+def test_a_model_with_tied_weights_is_sharded_and_saved(driver, stages, tmp_path):
     _, tokenizer = sft.load_causal_lm(stages[1])
     torch.manual_seed(0)
     size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **size)).save_pretrained(tmp_path / "gpt2")
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **size))
+    gpt2.save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
     flags = ["--steps", 3, "--model", tmp_path / "gpt2"]
-    run(driver, "sft", tmp_path / "one", *flags)
-    run(driver, "sft", tmp_path / "two", *flags, "--shard", ranks=2, codes=(0, 0))
-    near(tmp_path / "two", tmp_path / "one")
+    driver.run("sft", tmp_path / "one", *flags)
+    driver.run("sft", tmp_path / "two", *flags, "--shard", ranks=2)
+    assert_near(tmp_path / "two", tmp_path / "one")
     model, _ = sft.load_causal_lm(tmp_path / "two")
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
-def test_gradients_of_shards_are_those_of_the_whole_model():
-    on_ranks(2, same_gradients)
+def test_gradients_of_shards_are_those_of_the_whole_model(driver):
+    driver.on_ranks(2, compare_shards)
 
 
-def same_gradients():
+def compare_shards():
     """Losses are parts of a sum over the ranks: their gradients are added up, not averaged."""
-    examples = [{"prompt": [3, 4, 5, 6][: 4 - i], "response": [7, 8, 9, 2][i:]} for i in range(4)]
-    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    models = {}
-    for name, part in (("whole", examples), ("shards", sft.shard(examples))):
-        torch.manual_seed(0)
-        models[name] = LlamaForCausalLM(LlamaConfig(vocab_size=40, **size)).eval()
-        if name == "shards":
-            sft.shard_model(models[name], torch.device("cpu"))
-        batch = sft.make_batch([e["prompt"] for e in part], [e["response"] for e in part], 0, "cpu")
-        sft.sft_loss(models[name], batch, token_count=10).backward()
-    for p, q in zip(models["whole"].parameters(), models["shards"].parameters(), strict=True):
-        torch.testing.assert_close(sft.whole(q.grad), p.grad, rtol=1e-4, atol=1e-6)
+    prompts = [[3, 4, 5, 6], [3, 4, 5], [3, 4], [3]]
+    responses = [[7, 8, 9, 2], [8, 9, 2], [9, 2], [2]]
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    torch.manual_seed(0)
+    whole = LlamaForCausalLM(config).eval()
+    batch = sft.make_batch(prompts, responses, 0, "cpu")
+    sft.sft_loss(whole, batch, token_count=10).backward()
+    torch.manual_seed(0)
+    shards = LlamaForCausalLM(config).eval()
+    sft.shard_model(shards, torch.device("cpu"))
+    batch = sft.make_batch(sft.my_share(prompts), sft.my_share(responses), 0, "cpu")
+    sft.sft_loss(shards, batch, token_count=10).backward()
+    for p, q in zip(whole.parameters(), shards.parameters(), strict=True):
+        assert q.to_local().numel() < p.numel()
+        torch.testing.assert_close(sft.gathered(q.grad), p.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_all_ranks_skip_an_update_of_which_one_shard_is_not_finite():
-    on_ranks(2, skip_together)
+def test_all_ranks_skip_an_update_of_which_one_shard_is_not_finite(driver):
+    driver.on_ranks(2, skip_together)
 
 
 def skip_together():
@@ -120,16 +136,16 @@ def skip_together():
     model = torch.nn.Linear(2, 4, bias=False)
     torch.nn.init.zeros_(model.weight)
     sft.shard_model(model, torch.device("cpu"))
-    optimizer = torch.optim.AdamW(model.parameters(), **sft.ADAM)
 
     def loss():
         return model(torch.ones(1, 2))[0, 3].sqrt()
 
-    assert math.isnan(sft.update(model, optimizer, [loss], 1.0))
-    assert not sft.whole(model.weight).any()
+    assert math.isnan(sft.update(model, sft.make_optimizer(model), [loss], 1.0))
+    assert not sft.gathered(model.weight).any()
 
 
 def test_sharding_without_torchrun_is_refused(capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         sft.parse(sft.Config, "sft", ["--shard"])
+    assert stop.value.code == 2
     assert "torchrun" in capsys.readouterr().err

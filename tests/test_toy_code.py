@@ -1,13 +1,12 @@
-"""Program synthesis: the embedded task toy-code, and the reward by unit tests in SFT, PPO and evaluation."""
+"""Programs: the task toy-code, and unit tests as the reward in SFT, PPO and evaluation."""
 
 import json
 import random
-import subprocess
-import sys
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
+from helpers import TORCHRUN, metrics, read_lines, settings, succeeds
 
 import eval as chapter5
 import ma_ppo
@@ -15,9 +14,7 @@ import reward
 import segment
 import sft
 
-ROOT = Path(__file__).parent.parent
 ARMS = ["token", "fixed", "ast"]
-SMALL = [*("--batch_size", "8", "--micro_batch_size", "8"), *("--max_response", "72", "--steps", "1")]
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +42,15 @@ def test_a_row_is_a_function_of_its_number_alone(rows):
 
 
 def test_a_correct_program_of_every_problem_does_what_the_functions_say(rows):
-    """The functions that make the expected outputs know nothing of the programs' text, and agree with it."""
+    """The functions that make the expected outputs know nothing of the programs' text."""
     names = set()
     for i in range(len(rows)):
         steps, inputs = sft.code_steps(random.Random(f"{sft.SPLIT_SEED} code {i}"))
         tests = rows[i]["problem"]["input_output"]
         assert tests["inputs"] == [[x] for x in inputs]
         assert answers(sft.code_text(steps), tests["inputs"]) == tests["outputs"]
-        assert any(output != tests["outputs"][0] for output in tests["outputs"])  # no constant passes
+        # No constant passes.
+        assert any(output != tests["outputs"][0] for output in tests["outputs"])
         names |= {name for name, _ in steps}
     assert names == set(sft.CODE)  # so every step has been run
 
@@ -66,42 +64,48 @@ def test_a_problem_worked_by_hand():
     )
 
 
-def test_the_stated_share_of_demonstrations_is_right_and_a_test_finds_the_mistake_of_each_other(rows):
-    rows = rows[:300]
-    results = reward.run_programs([row["response"] for row in rows], [row["problem"] for row in rows])
+def test_the_stated_share_of_demonstrations_is_right_and_tests_find_all_mistakes(rows):
+    rows = rows[:160]
+    programs, problems = [row["response"] for row in rows], [row["problem"] for row in rows]
+    results = reward.run_programs(programs, problems)
     passed = 0
     for i, (status, right, total) in enumerate(results):
         steps, _ = sft.code_steps(random.Random(f"{sft.SPLIT_SEED} code {i}"))
         correct = rows[i]["response"] == "\n" + sft.code_text(steps)
         assert (status == "ran" and right == total == sft.CODE_TESTS) == correct
         passed += correct
-    assert abs(passed / len(rows) - (1 - sft.CODE_WRONG)) < 0.1  # 3.5 standard deviations
+    assert abs(passed / len(rows) - (1 - sft.CODE_WRONG)) < 0.1  # 2.6 standard deviations
     statuses = [status for status, *_ in results]
     for failure in ("compile error", "runtime error"):
-        assert statuses.count(failure) > 10
-    assert sum(0 < right < total for _, right, total in results) > 10  # some tests only
+        assert statuses.count(failure) > 5
+    assert sum(0 < right < total for _, right, total in results) > 5  # some tests only
 
 
 def test_every_kind_of_mistake_occurs(rows):
-    mistaken = [row["response"] for row in rows]
+    mistaken = [row["response"] for row in rows]  # 6 in 10 of them
     assert any("return" not in text for text in mistaken)
-    assert any("y" in text.replace("even", "") for text in mistaken)
+    assert any("y" in text for text in mistaken)
     assert any(text.count("(") > text.count(")") for text in mistaken)
-    assert any("return" in text.strip().split("\n")[-2] for text in mistaken)  # a step behind the return
+    assert any("return" in text.strip().split("\n")[-2] for text in mistaken)  # steps swapped
 
 
+@pytest.mark.slow
 def test_no_held_out_specification_is_in_training_and_the_split_has_no_share_for_an_rm():
     everything = sft.load_rows("toy-code")
-    shares = {name: sft.split(everything, name, (20, 0, 80)) for name in ("test", "sft", "rm", "ppo")}
-    prompts = {name: {row["prompt"] for row in rows} for name, rows in shares.items()}
+    shares, prompts = {}, {}
+    for name in ("test", "sft", "rm", "ppo"):
+        shares[name] = sft.split(everything, name, (20, 0, 80))
+        prompts[name] = {row["prompt"] for row in shares[name]}
     assert not prompts["rm"] and len(prompts["test"]) > 1000
-    assert not prompts["test"] & (prompts["sft"] | prompts["ppo"]) and not prompts["sft"] & prompts["ppo"]
+    assert not prompts["test"] & (prompts["sft"] | prompts["ppo"])
+    assert not prompts["sft"] & prompts["ppo"]
     cfg = sft.parse(sft.Config, "sft", ["--task", "toy-code"])
     assert len(sft.load_share(cfg, "sft", "response")) == len(shares["sft"])
 
 
 def test_the_tokenizer_keeps_every_character_and_can_write_what_is_not_python(rows):
-    tokenizer = sft.small_tokenizer("toy-code", [row["prompt"] + row["response"] for row in rows[:300]])
+    learned = [row["prompt"] + row["response"] for row in rows[:300]]
+    tokenizer = sft.small_tokenizer("toy-code", learned)
     texts = [text for row in rows for text in (row["prompt"], row["response"])]
     texts += ["\n\n  def\tf (x ) :\n        return   x\n", "é ≠ x", "))((\n  1"]
     ids = tokenizer(texts).input_ids
@@ -118,9 +122,9 @@ def test_the_tokenizer_keeps_every_character_and_can_write_what_is_not_python(ro
     ("chapter", "flags", "named"),
     [
         (sft, "--task toy-code --data file.jsonl", "--data"),
-        (reward, "--task toy-code", "unit tests"),
-        (reward, "--task apps --data file.jsonl", "unit tests"),
-        (reward, "--preset codegemma-2b-apps", "unit tests"),
+        (reward, "--task toy-code", "no reward model"),
+        (reward, "--task apps --data file.jsonl", "no reward model"),
+        (reward, "--preset codegemma-2b-apps", "no reward model"),
         (ma_ppo, "--task toy-code --reward_model runs/toy/reward", "unit tests"),
         (ma_ppo, "--task apps --data file.jsonl --reward_model runs/toy/reward", "unit tests"),
     ],
@@ -138,64 +142,57 @@ def test_a_reward_model_or_file_that_makes_no_sense_is_refused_in_one_line(
 @pytest.mark.parametrize("flags", ["--task toy-code", "--task apps", "--preset codegemma-7b-apps"])
 def test_program_tasks_have_the_papers_split_and_arms_of_their_own(flags):
     cfg = ma_ppo.parse(flags.split())
-    assert (cfg.split, cfg.terminations, cfg.no_eos_score) == ([20, 0, 80], ARMS, -1.0)
+    assert (cfg.split, cfg.arms, cfg.no_eos_score) == ([20, 0, 80], ARMS, -1.0)
     assert sft.parse(sft.Config, "sft", flags.split()).split == [20, 0, 80]
 
 
 # From SFT to PPO and evaluation, at the smallest size
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A folder with an SFT model, hardly trained, and one PPO step of each arm."""
-    out = tmp_path_factory.mktemp("toy-code")
-    flags = ["--task", "toy-code", "--steps", "30", "--batch_size", "16", "--lr", "1e-2"]
-    sft.main([*flags, "--out", str(out / "sft")])
-    ma_ppo.main(["--task", "toy-code", *SMALL, "--out", str(out)])
-    return out
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_one_command_trains_all_arms_without_a_reward_model(run):
-    assert sorted(path.name for path in run.iterdir()) == sorted([*ARMS, "sft", "curves.png"])
+def test_one_command_trains_all_arms_without_a_reward_model(toy_code):
+    folders = [*ARMS, "sft", "curves.png"]
+    assert sorted(path.name for path in toy_code.folder.iterdir()) == sorted(folders)
     for arm in ARMS:
-        (row,) = metrics(run / arm)
-        assert 0 <= row["pass_rate"] <= 1 and -1 <= row["rm_score"] <= 1 and row["gold_score"] is None
+        (row,) = metrics(toy_code.folder / arm)
+        assert 0 <= row["pass_rate"] <= 1
+        assert -1 <= row["rm_score"] <= 1
+        assert row["gold_score"] is None
         assert row["ratio_first"] == pytest.approx(1, abs=1e-4)
-        assert json.loads((run / arm / "config.json").read_text())["reward_model"] == ""
-    lengths = {arm: metrics(run / arm)[0]["macro_length"] for arm in ARMS}
-    assert lengths["token"] == 1 < lengths["ast"] and lengths["fixed"] > 1
+        assert settings(toy_code.folder / arm)["reward_model"] == ""
+    lengths = {arm: metrics(toy_code.folder / arm)[0]["macro_length"] for arm in ARMS}
+    assert lengths["token"] == 1 < lengths["ast"]
+    assert lengths["fixed"] > 1
 
 
-def test_two_processes_test_the_same_programs_as_one(run, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = ["ma_ppo.py", "--task", "toy-code", *SMALL, "--terminations", "ast", "--sft", str(run / "sft")]
-    done = subprocess.run([*command, *flags, "--out", tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    (one,), (two,) = metrics(run / "ast"), metrics(tmp_path / "ast")
+@pytest.mark.slow
+def test_two_processes_test_the_same_programs_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(ma_ppo, "draw_curves", lambda folders, cfg: None)
+    task = ["--task", "toy-code", "--batch_size", "8"]
+    sft.main([*task, "--steps", "30", "--lr", "1e-2", "--out", str(tmp_path / "sft")])
+    flags = [*task, "--steps", "1", "--arms", "ast", "--sft", str(tmp_path / "sft")]
+    ma_ppo.main([*flags, "--out", str(tmp_path / "one")])
+    succeeds(*TORCHRUN, "ma_ppo.py", *flags, "--out", tmp_path / "two")
+    (one,), (two,) = metrics(tmp_path / "one" / "ast"), metrics(tmp_path / "two" / "ast")
     for key in ("pass_rate", "rm_score", "rm_score_std", "response_length", "macro_actions", "kl"):
         assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5), key
 
 
-def test_the_critic_starts_from_the_sft_models_trunk_under_a_seeded_head(run):
-    cfg = ma_ppo.parse(["--task", "toy-code", *SMALL, "--sft", str(run / "sft")])
+def test_the_critic_starts_from_the_sft_models_trunk_under_a_seeded_head(toy_code):
+    cfg = ma_ppo.parse(["--task", "toy-code", "--sft", str(toy_code.folder / "sft")])
     models, optimizers, _ = ma_ppo.load_models(cfg, torch.device("cpu"))
     again, _, _ = ma_ppo.load_models(cfg, torch.device("cpu"))
-    assert set(models) == {"policy", "reference", "critic"} and set(optimizers) == {"policy", "critic"}
+    assert set(models) == {"policy", "reference", "critic"}
+    assert set(optimizers) == {"policy", "critic"}
     trunk, started = models["critic"].trunk.state_dict(), models["policy"].model.state_dict()
     assert all(torch.equal(trunk[name], started[name]) for name in trunk)
-    assert trunk["layers.0.mlp.up_proj.weight"].data_ptr() != (
-        started["layers.0.mlp.up_proj.weight"].data_ptr()
-    )
+    name = "layers.0.mlp.up_proj.weight"
+    assert trunk[name].data_ptr() != started[name].data_ptr()  # a copy, not the policy itself
     assert torch.equal(models["critic"].head.weight, again["critic"].head.weight)
     assert models["critic"].head.weight.abs().sum() > 0
 
 
 def score(texts, stopped, problems, monkeypatch):
-    """A rollout of given texts, of which those not `stopped` are cut, as `ma_ppo.score` scores it."""
+    """A rollout of given texts as `ma_ppo.score` scores it; those not `stopped` are cut."""
     cfg = ma_ppo.Config(task="toy-code", no_eos_score=-1.0)
     monkeypatch.setattr(ma_ppo, "ended", lambda batch, tokenizer: torch.tensor(stopped))
     rollout = ma_ppo.Rollout(None, [], [], texts)
@@ -206,14 +203,18 @@ def score(texts, stopped, problems, monkeypatch):
 def test_programs_get_the_papers_score_and_a_cut_one_that_of_none(monkeypatch):
     problem = {"input_output": {"fn_name": "f", "inputs": [[1], [2]], "outputs": [1, 4]}}
     square = "def f(x):\n    return x * x"
-    texts = [square, "def f(x): return 1", "def f(x): return y", "def f(x", "def f(x): pass", square]
+    # Right; half right; a name that does not exist; no Python; wrong; right, but cut.
+    texts = [square, "def f(x): return 1", "def f(x): return y"]
+    texts += ["def f(x", "def f(x): pass", square]
     rollout = score(texts, [True] * 5 + [False], [problem] * 6, monkeypatch)
     wanted = [1.0, -0.3 + 1.3 / 2, -0.6, -1.0, -0.3, -1.0]
     assert rollout.scores.tolist() == pytest.approx(wanted)
     assert rollout.passed.tolist() == [True, False, False, False, False, False]
 
 
-def test_pass_rate_is_the_share_of_responses_that_an_independent_count_finds_right(rows, monkeypatch):
+def test_pass_rate_is_the_share_of_responses_that_an_independent_count_finds_right(
+    rows, monkeypatch
+):
     texts, problems = [row["response"] for row in rows[:40]], [row["problem"] for row in rows[:40]]
     right = []
     for text, problem in zip(texts, problems, strict=True):
@@ -231,42 +232,48 @@ def test_pass_rate_is_the_share_of_responses_that_an_independent_count_finds_rig
     assert ma_ppo.summary(rollout, None)["pass_rate"] == pytest.approx(sum(right) / 40)
 
 
-def test_held_out_pass_rates_of_sft_and_arms_are_printed_with_exact_intervals(run, capsys):
+def test_held_out_pass_rates_of_sft_and_arms_are_printed_with_intervals(
+    toy_code, tmp_path, quick_runs, capsys
+):
+    run = shutil.copytree(toy_code.folder, tmp_path / "run")
+    for arm in ARMS:  # the copy's own SFT model, and so its own samples
+        path = run / arm / "config.json"
+        path.write_text(json.dumps(settings(run / arm) | {"sft": str(run / "sft")}))
     capsys.readouterr()
     chapter5.main(["score", "--run", str(run), "--sft", "--prompts", "12"])
-    head, _, *lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "|" in line]
-    assert [line[0].split("/")[-1] for line in lines] == [
-        "sft",
-        *sorted(ARMS, key=lambda x: (x != "token", x)),
-    ]
-    shown = [line[head.index("passed")] for line in lines]
-    for arm, text in zip(["sft", "token"], shown[:2], strict=True):
-        kept = (run / arm / "score" / "samples.jsonl").read_text().splitlines()
-        kept = [json.loads(line) for line in kept]
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "|" in line]
+    head, _, *lines = lines
+    assert [line[0].split("/")[-1] for line in lines] == ["sft", "token", "ast", "fixed"]
+    tests = {row["prompt"]: row["problem"] for row in sft.split(sft.load_rows("toy-code"), "test")}
+    for name, line in zip(["sft", "token"], lines[:2], strict=True):
+        kept = read_lines(run / name / "score" / "samples.jsonl")
         assert len(kept) == 12
-        assert text == chapter5.cell(*reward.exact_share(sum(row["passed"] for row in kept), 12))
-        cfg = json.loads((run / "token" / "config.json").read_text())
-        tests = {row["prompt"]: row["problem"] for row in sft.split(sft.load_rows("toy-code"), "test")}
-        programs, problems = [row["response"] for row in kept], [tests[row["prompt"]] for row in kept]
-        scores = reward.program_rewards(programs, problems)
-        scores = [s if row["ended"] else cfg["no_eos_score"] for s, row in zip(scores, kept, strict=True)]
-        assert [row["rm_score"] for row in kept] == pytest.approx(scores)
+        wins = sum(row["passed"] for row in kept)
+        low, high = reward.wilson_interval(wins, 12)
+        shown = line[head.index("passed")].strip(" |")
+        assert shown == f"{wins / 12:.2f} [{low:.2f}, {high:.2f}]"
+        programs = [row["response"] for row in kept]
+        scores = reward.program_rewards(programs, [tests[row["prompt"]] for row in kept])
+        for row, score in zip(kept, scores, strict=True):
+            cut = settings(run / "token")["no_eos_score"]
+            assert row["rm_score"] == pytest.approx(score if row["ended"] else cut)
 
 
 # APPS: both kinds of problems, from a file
 
 
-def test_a_file_of_apps_rows_goes_from_sft_to_ppo(tmp_path, monkeypatch):
+def test_a_file_of_apps_rows_goes_from_sft_to_ppo(tmp_path, monkeypatch, quick_runs):
     calls = {"fn_name": "f", "inputs": [[1], [2]], "outputs": [2, 3]}
     lines = {"inputs": ["1\n", "2\n"], "outputs": ["2\n", "3\n"]}
     rows = []
     for i in range(40):
         row = {"question": f"Add one, number {i}.", "difficulty": "interview"}
-        row |= {
-            "starter_code": "def f(x):" if i % 2 else "",
-            "input_output": json.dumps([lines, calls][i % 2]),
-        }
-        solution = "def f(x):\n    return x + 1" if i % 2 else "print(int(input()) + 1)"
+        if i % 2:
+            row |= {"starter_code": "def f(x):", "input_output": json.dumps(calls)}
+            solution = "def f(x):\n    return x + 1"
+        else:
+            row |= {"starter_code": "", "input_output": json.dumps(lines)}
+            solution = "print(int(input()) + 1)"
         rows.append(row | {"solutions": json.dumps([solution])})
     path = tmp_path / "apps.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -283,8 +290,8 @@ def test_a_file_of_apps_rows_goes_from_sft_to_ppo(tmp_path, monkeypatch):
         return rollout
 
     monkeypatch.setattr(ma_ppo, "sample", right)
-    monkeypatch.setattr(ma_ppo, "ended", lambda batch, tokenizer: torch.ones(len(batch.mask), dtype=bool))
-    flags = ["--batch_size", "8", "--max_response", "8", "--steps", "1", "--terminations", "token"]
+    monkeypatch.setattr(ma_ppo, "ended", lambda batch, _: torch.ones(len(batch.mask), dtype=bool))
+    flags = ["--batch_size", "8", "--max_response", "8", "--steps", "1", "--arms", "token"]
     ma_ppo.main([*task, *flags, "--sft", str(tmp_path / "sft"), "--out", str(tmp_path)])
     (row,) = metrics(tmp_path / "token")
     called = judged.count("f") / 8
@@ -295,7 +302,8 @@ def test_a_file_of_apps_rows_goes_from_sft_to_ppo(tmp_path, monkeypatch):
 
 def test_rows_without_unit_tests_are_no_program_task(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"p{i}", "response": "r"}) + "\n" for i in range(40)))
+    rows = [{"prompt": f"p{i}", "response": "r"} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SystemExit):
         ma_ppo.load_prompts(None, ma_ppo.parse(["--task", "apps", "--data", str(path)]))
     assert "no rows with problem" in capsys.readouterr().err
