@@ -162,7 +162,6 @@ class Rollout:
     scores: torch.Tensor = None  # [B] RM score, or that of the unit tests, or no_eos_score
     gold: list = None  # B gold scores, None where the task has none
     passed: torch.Tensor = None  # [B] whether all unit tests passed, None where there are none
-    parts: list = None  # the batch in micro-batches: (row numbers [b], Batch)
     starts: torch.Tensor = None  # [B, T] True where a macro action begins
     seg: torch.Tensor = None  # [B, T] number of the macro action that each token belongs to
     parse_fallback: float = 0.0  # share of sentences or programs that could not be parsed
@@ -228,7 +227,7 @@ def sample(policy, examples, step, tokenizer, cfg):
     """
     seeds = []
     for example in examples:
-        copy_number = [example["sample"]] if example["sample"] else []
+        copy_number = [example["sample"]] if example.get("sample") else []
         seeds.append([cfg.seed, step, example["number"], *copy_number])
     uniforms = np.array([np.random.default_rng(seed).random(cfg.max_response) for seed in seeds])
     uniforms = torch.tensor(uniforms)  # [B, max_response]
@@ -350,11 +349,10 @@ def draw(logprobs, uniforms):
 @torch.no_grad()
 def judge(rollout, models, examples, tokenizer, cfg):
     """Ask policy and reference for log-probabilities, the critic for values, the RM for scores."""
-    rollout.parts = micro_batches(rollout.batch, cfg.micro_batch_size, cfg.sort_by_length)
     blank = torch.zeros(rollout.batch.mask.shape, device=rollout.batch.mask.device)  # [B, T]
     for name in ("logprobs", "ref_logprobs", "entropy", "values"):
         setattr(rollout, name, blank.clone())
-    for rows, batch in rollout.parts:
+    for rows, batch in micro_batches(rollout.batch, cfg.micro_batch_size, cfg.sort_by_length):
         T = batch.mask.shape[1]  # of this part: b rows of similar length
         logprobs, every, keep = token_logprobs(models["policy"], batch, cfg)  # [b, T]
         # The reference is asked about the same allowed tokens: else one that only the policy
@@ -696,7 +694,8 @@ def policy_losses(rollout, policy, token_count, cfg, seen):
         loss = policy_loss(logprobs, old, advantages, batch.mask, cfg.clip, seg)
         return loss * batch.mask.sum() / token_count
 
-    return [partial(one_loss, rows, batch) for rows, batch in rollout.parts]
+    parts = micro_batches(rollout.batch, cfg.micro_batch_size, cfg.sort_by_length)
+    return [partial(one_loss, rows, batch) for rows, batch in parts]
 
 
 def value_losses(rollout, critic, token_count, cfg):
@@ -710,7 +709,8 @@ def value_losses(rollout, critic, token_count, cfg):
         loss = value_loss(values, old, returns, batch.mask, clip or math.inf)
         return loss * batch.mask.sum() / token_count
 
-    return [partial(one_loss, rows, batch) for rows, batch in rollout.parts]
+    parts = micro_batches(rollout.batch, cfg.micro_batch_size, cfg.sort_by_length)
+    return [partial(one_loss, rows, batch) for rows, batch in parts]
 
 
 def main(argv=None):

@@ -911,5 +911,6 @@ def test_metrics_are_means_over_responses_or_over_real_tokens():
             "macro_length": 5 / 4,  # 5 tokens in 4 macro actions
             "parse_fallback": 0.25,
             "entropy": 5 / 5,  # nats a token
+            "explained_variance": None,
         }
     )

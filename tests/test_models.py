@@ -104,7 +104,7 @@ def test_cached_sampling_of_a_padded_batch_is_that_of_feeding_each_row_anew(mode
 
 def test_one_ppo_step_runs_with_first_ratio_1_and_moves_policy_and_critic(stages):
     cfg = settings(stages)
-    models, optimizers, tokenizer = ma_ppo.load_models(cfg, torch.device("cpu"))
+    models, optimizers, tokenizer = ma_ppo.load_models("token", cfg, torch.device("cpu"))
     before = {name: [p.clone() for p in models[name].parameters()] for name in models}
     result = one_step(cfg, models, optimizers, tokenizer)
     assert result["ratio_first"] == pytest.approx(1, abs=1e-5)
@@ -117,7 +117,7 @@ def test_one_ppo_step_runs_with_first_ratio_1_and_moves_policy_and_critic(stages
 
 
 def test_a_saved_model_and_its_critic_come_back_equal(stages, tmp_path):
-    models, _, tokenizer = ma_ppo.load_models(settings(stages), torch.device("cpu"))
+    models, _, tokenizer = ma_ppo.load_models("token", settings(stages), torch.device("cpu"))
     batch = sft.make_batch(PROMPTS, RESPONSES, PAD, "cpu")
     for name in ("policy", "critic"):
         sft.save_models([models[name], tokenizer], tmp_path / name)
@@ -141,7 +141,7 @@ def test_micro_batches_of_1_4_and_all_give_the_same_parameters_after_three_steps
     sft.save_models([critic, tokenizer], tmp_path / "reward")
     for size in (1, 4, 8):
         cfg = settings(tmp_path, micro_batch_size=size, ratio=ratio, ppo_epochs=2)
-        models, optimizers, tokenizer = ma_ppo.load_models(cfg, torch.device("cpu"))
+        models, optimizers, tokenizer = ma_ppo.load_models("token", cfg, torch.device("cpu"))
         for step in range(3):
             one_step(cfg, models, optimizers, tokenizer, step)
         results.append([p for name in optimizers for p in models[name].parameters()])

@@ -93,9 +93,10 @@ def test_a_causal_lm_gives_its_trunk_and_a_fresh_head_of_the_right_spread(tmp_pa
 class Digits:
     """The tokenizer of texts like "3 1 4"."""
 
-    pad_token_id, eos_token_id = 0, 1
+    pad_token_id, eos_token_id, chat_template = 0, 1, None
+    conventions = sft.Conventions([], [1], 1, 1, "", [], False, set(), [])
 
-    def __call__(self, text, add_special_tokens=True):
+    def __call__(self, text, **options):
         ids = [[int(x) for x in t.split()] for t in ([text] if isinstance(text, str) else text)]
         return SimpleNamespace(input_ids=ids[0] if isinstance(text, str) else ids)
 

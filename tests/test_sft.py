@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -17,6 +18,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 import ma_ppo
@@ -300,26 +302,25 @@ def test_a_response_gets_its_eos_and_one_that_is_cut_loses_it(toy_tokenizer):
     assert got["response"] == response[:3]
 
 
-class WithBos:
-    """A tokenizer that puts BOS (id 1) in front, as Llama's does."""
-
-    eos_token_id = 2
-
-    def __call__(self, texts, add_special_tokens=True):
-        if isinstance(texts, str):
-            return SimpleNamespace(input_ids=[1] * add_special_tokens + [ord(c) for c in texts])
-        return SimpleNamespace(
-            input_ids=[[1] * add_special_tokens + [ord(c) for c in t] for t in texts]
-        )
+def with_bos():
+    """A tokenizer of words that puts BOS (id 1) in front, as Llama's does."""
+    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "e", "f", "g", "h"])}
+    core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
 @pytest.mark.parametrize(
-    ("limit", "kept"), [(9, [7, 8, 9]), (4, [7, 8, 9]), (3, [8, 9]), (2, [9]), (1, [])]
+    ("limit", "kept"), [(9, [4, 5, 6]), (4, [4, 5, 6]), (3, [5, 6]), (2, [6]), (1, [])]
 )
 def test_a_bos_stays_in_front_of_a_truncated_prompt_and_counts(limit, kept):
-    row = {"prompt": "\x07\x08\x09", "response": "\x05"}
-    (got,) = sft.encode([row], WithBos(), Config(max_prompt=limit))
-    assert got == {"prompt": [1, *kept], "response": [5, 2]}
+    row = {"prompt": "f g h", "response": " e"}
+    (got,) = sft.encode([row], with_bos(), Config(max_prompt=limit))
+    assert got == {"prompt": [1, *kept], "response": [3, 2]}
 
 
 def save_gpt2_with_pad_as_eos(folder, vocab_rows):

@@ -179,8 +179,8 @@ def test_two_processes_test_the_same_programs_as_one(tmp_path, monkeypatch):
 
 def test_the_critic_starts_from_the_sft_models_trunk_under_a_seeded_head(toy_code):
     cfg = ma_ppo.parse(["--task", "toy-code", "--sft", str(toy_code.folder / "sft")])
-    models, optimizers, _ = ma_ppo.load_models(cfg, torch.device("cpu"))
-    again, _, _ = ma_ppo.load_models(cfg, torch.device("cpu"))
+    models, optimizers, _ = ma_ppo.load_models("token", cfg, torch.device("cpu"))
+    again, _, _ = ma_ppo.load_models("token", cfg, torch.device("cpu"))
     assert set(models) == {"policy", "reference", "critic"}
     assert set(optimizers) == {"policy", "critic"}
     trunk, started = models["critic"].trunk.state_dict(), models["policy"].model.state_dict()
