@@ -810,7 +810,7 @@ def check_sampling(policy, prompts, tokenizer, cfg):
     probs = every.double().exp()  # [b, t, V]
     above = probs.cumsum(-1).gather(-1, batch.responses[..., None]).squeeze(-1)  # [b, t]
     below = above - probs.gather(-1, batch.responses[..., None]).squeeze(-1)  # [b, t]
-    slack = 0.05 if policy.bf16 else 0.005
+    slack = 0.05 if policy.bf16 else 0.005  # bf16 rounds more
     wrong = (below - slack > 0.5) | (above + slack < 0.5)  # [b, t]
     if (wrong & batch.mask.bool()).any():
         name = type(policy).__name__

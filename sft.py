@@ -1337,7 +1337,7 @@ def load_model(auto_class, path):
 
 def adapter_of(path):
     """The settings of the LoRA adapter at `path`; None where there is none."""
-    found = find_adapter_config_file(path)
+    found = load_or_fail(find_adapter_config_file, path)
     if not found:
         return None
     try:
@@ -1502,7 +1502,7 @@ def shard_model(model, device):
     in_fp32 = MixedPrecisionPolicy()
     for module in dict.fromkeys(modules):
         head = module is model and trunk is not model  # a reward model's head stays in fp32
-        policy = in_bf16 if model.bf16 and not head else in_fp32
+        policy = in_bf16 if getattr(model, "bf16", False) and not head else in_fp32
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it adds up

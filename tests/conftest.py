@@ -14,6 +14,7 @@ import io
 from functools import cache
 
 import pytest
+import runs
 from helpers import PPO_FLAGS, TOY_ARMS, Pipeline
 from hypothesis import HealthCheck, settings
 
@@ -108,3 +109,57 @@ def toy_code(tmp_path_factory):
             (ma_ppo, [*task, *ppo_flags, "--out", out]),
         ],
     )
+
+
+# Runs that are killed
+
+
+@pytest.fixture(scope="session")
+def driver():
+    """The process that forks runs, see runs.py."""
+    driver = runs.Driver()
+    yield driver
+    driver.close()
+
+
+@pytest.fixture(scope="session")
+def stages(driver, tmp_path_factory):
+    """Flags of an SFT model and an RM for PPO runs."""
+    folder = tmp_path_factory.mktemp("stages")
+    sft_model, reward_model = folder / "sft", folder / "reward"
+    driver.run("sft", sft_model, "--steps", 2)
+    driver.run("reward", reward_model, "--steps", 2, "--sft", sft_model)
+    return ["--sft", sft_model, "--reward_model", reward_model]
+
+
+@pytest.fixture(scope="session")
+def short_runs(stages):
+    """{chapter: its `runs.ShortRun`}."""
+    return runs.short_runs(stages)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(driver, short_runs, tmp_path_factory):
+    """A function: a chapter's short run without disturbance (runs.Undisturbed), made once."""
+    made = {}
+
+    def run_of(chapter, *flags, ranks=1):
+        key = (chapter, *flags, ranks)
+        if key not in made:
+            short = short_runs[chapter]
+            out = tmp_path_factory.mktemp("undisturbed") / chapter
+            at = runs.command_at("files", 0, "")
+            driver.run(chapter, out, *short.flags, *flags, ranks=ranks, at=at)
+            made[key] = runs.Undisturbed(out / short.inside, driver.count_events())
+        return made[key]
+
+    return run_of
+
+
+@pytest.fixture(scope="session")
+def killed(driver, tmp_path_factory):
+    """An SFT run that was killed in its last step, and has checkpoints of steps 2 and 4."""
+    out = tmp_path_factory.mktemp("killed") / "sft"
+    at = runs.kill_at("sft.update", 5)
+    driver.run("sft", out, "--steps", 5, at=at, codes=[-9])
+    return out

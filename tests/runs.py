@@ -139,7 +139,8 @@ class Driver:
 
     def kill(self, rank):
         """kill -9 a rank that may have ended; not after `wait` has told its exit code."""
-        os.kill(self.pids[rank], signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pids[rank], signal.SIGKILL)
 
     def printed(self):
         """What the ranks have printed."""
@@ -200,7 +201,13 @@ def rows(path):
     found = []
     for line in lines:
         row = json.loads(line)
-        found.append({name: x for name, x in row.items() if not name.startswith("seconds")})
+        found.append(
+            {
+                name: x
+                for name, x in row.items()
+                if not name.startswith(("seconds", "tokens_per_second"))
+            }
+        )
     return found
 
 

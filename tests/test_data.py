@@ -3,10 +3,9 @@
 import gzip
 import json
 import math
+import shlex
 import subprocess
 from pathlib import Path
-
-import shlex
 
 import pytest
 from hypothesis import HealthCheck, given, settings

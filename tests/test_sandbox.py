@@ -25,10 +25,13 @@ from reward import program_rewards, run_programs
 
 ENOUGH = 60.0  # seconds, for what ends by itself: however busy the machine is
 SHORT = 0.5  # for what never ends
-SECRET = f"secret-{random.SystemRandom().getrandbits(64)}"  # no program can guess it, only get at it
+SECRET = (
+    f"secret-{random.SystemRandom().getrandbits(64)}"  # no program can guess it, only get at it
+)
 PLACE = "/dev/shm/sandbox-test-escape"
 bubblewrap = pytest.mark.skipif(
-    not reward.sandbox(), reason="bubblewrap is missing (apt install bubblewrap), or may not make namespaces"
+    not reward.sandbox(),
+    reason="bubblewrap is missing (apt install bubblewrap), or may not make namespaces",
 )
 WAYS = [pytest.param("sandbox", marks=bubblewrap), "limits"]
 
@@ -41,7 +44,12 @@ def call(*tests, name="f"):
 
 def stdio(*tests):
     """A problem on standard input and output with (input, output) tests."""
-    return {"input_output": {"inputs": [given for given, _ in tests], "outputs": [said for _, said in tests]}}
+    return {
+        "input_output": {
+            "inputs": [given for given, _ in tests],
+            "outputs": [said for _, said in tests],
+        }
+    }
 
 
 SQUARE = call(([3], 9), ([5], 25), ([7], 49))
@@ -72,7 +80,10 @@ def test_rewards_are_the_papers_formula_worked_by_hand():
 
 def test_one_test_that_raises_or_is_late_makes_the_program_a_runtime_error():
     raises = "def f(x): return 1 // (7 - x) * 0 + x * x"
-    assert run_programs([raises, RIGHT], [SQUARE] * 2, ENOUGH) == [("runtime error", 2, 3), ("ran", 3, 3)]
+    assert run_programs([raises, RIGHT], [SQUARE] * 2, ENOUGH) == [
+        ("runtime error", 2, 3),
+        ("ran", 3, 3),
+    ]
     assert run_programs(["while True: pass"], [DOUBLE], SHORT) == [("time-out", 0, 3)]
     assert [one(raises, SQUARE), one("while True: pass", DOUBLE, SHORT)] == [-0.6, -0.6]
 
@@ -93,7 +104,9 @@ def test_scripts_talk_through_standard_input_and_output():
         "next(sys.stdin)",
         "stdin.readline()",
     ):
-        program = f"import sys\nfor _ in range(int({read})):\n    print(sum(map(int, {read}.split())))"
+        program = (
+            f"import sys\nfor _ in range(int({read})):\n    print(sum(map(int, {read}.split())))"
+        )
         assert one(program, lines) == 1.0, read
     for file in ("0", "'/dev/stdin'"):
         program = f"n, *rest = open({file})\nfor line in rest: print(sum(map(int, line.split())))"
@@ -225,38 +238,56 @@ def test_a_script_may_end_in_any_way_that_python_knows(way, ways):
 
 
 def test_a_script_that_prints_the_answer_and_fails_has_not_finished():
-    for program in ("print('end'); exit(1)", "print('end'); raise SystemExit('no')", "print('end'); 1 / 0"):
+    for program in (
+        "print('end'); exit(1)",
+        "print('end'); raise SystemExit('no')",
+        "print('end'); 1 / 0",
+    ):
         assert one(program, stdio(("", "end"))) == -0.6, program
 
 
 def test_functions_and_solution_classes_are_called():
-    method = "class Solution:\n    def f(self, xs: List[int]) -> Optional[int]:\n        return max(xs)"
+    method = (
+        "class Solution:\n    def f(self, xs: List[int]) -> Optional[int]:\n        return max(xs)"
+    )
     assert one(method, call(([[1, 3, 2]], 3))) == 1.0
     both = "def f(xs): return max(xs)\nclass Solution:\n    def f(self, xs): return -f([-x for x in xs])"
     assert one(both, call(([[1, 3, 2]], 1))) == 1.0  # the class's
     assert one("f = lambda *a, b=1: [*a, b]\nprint('noise')", call(([5, 6], [5, 6, 1]))) == 1.0
-    assert one("if __name__ == '__main__': 1 / 0\ndef f(): return deque([1]).pop()", call(([], 1))) == 1.0
+    assert (
+        one("if __name__ == '__main__': 1 / 0\ndef f(): return deque([1]).pop()", call(([], 1)))
+        == 1.0
+    )
     assert one("def g(x): return x * x", SQUARE) == -0.6
     lazy = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
     assert one(lazy + "def f(x): return A(x).x ** 2", SQUARE) == 1.0
 
 
 def test_results_are_compared_as_plain_data():
-    assert one("def f(): return (1, (2, 'ä')), {3: None}", call(([], [[1, [2, "ä"]], {"3": None}]))) == 1.0
+    assert (
+        one("def f(): return (1, (2, 'ä')), {3: None}", call(([], [[1, [2, "ä"]], {"3": None}])))
+        == 1.0
+    )
     assert one("def f(): return 2", call(([], [2]))) == 1.0  # APPS wraps some results
     assert one("def f(): return 2.0", call(([], 2))) == 1.0
     assert one("def f(): return fractions.Fraction(1, 2)", call(([], 0.5))) == 1.0
     assert one("def f(): return [2]", call(([], [2]))) == 1.0
     assert one("def f(): return 1", call(([], [1, 2]))) == -0.3
     assert one("def f(): return '2'", call(([], 2))) == -0.3
-    assert one("def f(): return 0.1 + 0.2", call(([], 0.3))) == -0.3  # as APPS has it: only text is rounded
+    assert (
+        one("def f(): return 0.1 + 0.2", call(([], 0.3))) == -0.3
+    )  # as APPS has it: only text is rounded
 
 
 def test_keys_that_json_made_text_are_ints_again():
     assert one("def f(d): return d[1]", call(([{"1": 5}], 5))) == 1.0
     assert one("def f(d, n): return d[n]", call(([{"1": 5}, 1], 5))) == 1.0
-    assert one("def f(d): return sorted(d)", call(([{"10": 0, "9": 0, "-1": 0}], [-1, 9, 10]))) == 1.0
-    assert one("def f(d): return d['a'], d['1']", call(([{"a": 1, "1": 2}], [1, 2]))) == 1.0  # not all are
+    assert (
+        one("def f(d): return sorted(d)", call(([{"10": 0, "9": 0, "-1": 0}], [-1, 9, 10]))) == 1.0
+    )
+    assert (
+        one("def f(d): return d['a'], d['1']", call(([{"a": 1, "1": 2}], [1, 2]))) == 1.0
+    )  # not all are
     assert one("def f(n): return {n: [n]}", call(([1], {"1": [1]}))) == 1.0
     assert one("def f(n): return {n: [n]}", call(([1], [{"1": [1]}]))) == 1.0
     assert one("def f(n): return Counter([n, n])", call(([1], {"1": 2}))) == 1.0
@@ -322,7 +353,9 @@ def test_malformed_tests_are_found_when_the_row_is_read(reason):
         sft.check_tests(MALFORMED[reason])
     with pytest.raises(ValueError, match=reason):
         program_rewards([RIGHT], [{"input_output": MALFORMED[reason]}])
-    if "0 inputs and 0" not in reason and "JSON" not in reason:  # those have no tests, or are found before
+    if (
+        "0 inputs and 0" not in reason and "JSON" not in reason
+    ):  # those have no tests, or are found before
         with pytest.raises(ValueError, match=reason):
             sft.apps_row({"question": "q", "input_output": MALFORMED[reason], "solutions": ""})
 
@@ -337,8 +370,13 @@ def test_the_schema_is_apps_with_json_text_and_dicts():
 
 def test_rewards_do_not_depend_on_order_or_company():
     programs = [RIGHT, "def f(x): return 9", "def f(x): f.n = 1 / 0", "f(", RIGHT_SCRIPT] * 3
-    programs += ["import sys; sys.modules.clear()", "import random\ndef f(x): return random.random()"]
-    programs += ["def f(x): return sorted({'a', 'b', 'c', 'd'}) and ''.join({'a', 'b', 'c', 'd', 'e'})"]
+    programs += [
+        "import sys; sys.modules.clear()",
+        "import random\ndef f(x): return random.random()",
+    ]
+    programs += [
+        "def f(x): return sorted({'a', 'b', 'c', 'd'}) and ''.join({'a', 'b', 'c', 'd', 'e'})"
+    ]
     alone = {program: one(program, SQUARE) for program in set(programs)}
     for seed in range(3):
         random.Random(seed).shuffle(programs)
@@ -373,7 +411,9 @@ def test_the_first_programs_of_a_process_are_judged_by_many_threads_at_once():
 def run_python(source, **environment):
     paths = os.pathsep.join([str(Path(reward.__file__).parent), *filter(None, sys.path)])
     environment = {**os.environ, "PYTHONPATH": paths, **environment}
-    return subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", source], env=environment, capture_output=True, text=True
+    )
 
 
 # A list of right programs from elsewhere: short exercises, each in four styles, each broken once.
@@ -386,7 +426,12 @@ EXERCISES = {
         "a % b",
         "a // (b + 1)",
     ),
-    "factorial": ("def f(n): return 1 if n < 2 else n * f(n - 1)", [[0], [5], [20]], "n - 1", "n - 2"),
+    "factorial": (
+        "def f(n): return 1 if n < 2 else n * f(n - 1)",
+        [[0], [5], [20]],
+        "n - 1",
+        "n - 2",
+    ),
     "fibonacci": (
         "def f(n):\n    a, b = 0, 1\n    for _ in range(n): a, b = b, a + b\n    return a",
         [[1], [10], [50]],
@@ -568,9 +613,13 @@ def exercise(name, style):
     if style == "class":
         problem = call(*[(arguments, names["f"](*arguments)) for arguments in given])
     else:
-        said = [(json.dumps(arguments), names["show"](names["f"](*arguments))) for arguments in given]
+        said = [
+            (json.dumps(arguments), names["show"](names["f"](*arguments))) for arguments in given
+        ]
         problem = stdio(*said)
-    right, broken = (STYLES[style].replace("{program}", x) for x in (program, program.replace(old, new, 1)))
+    right, broken = (
+        STYLES[style].replace("{program}", x) for x in (program, program.replace(old, new, 1))
+    )
     return right, broken, problem
 
 
@@ -582,7 +631,9 @@ def test_thirty_right_programs_earn_1_in_every_style_and_none_once_broken(style)
     rewards = dict(zip(EXERCISES, program_rewards(right, problems, ENOUGH), strict=True))
     assert rewards == dict.fromkeys(EXERCISES, 1.0)
     passed = [
-        name for name, r in zip(EXERCISES, program_rewards(broken, problems, ENOUGH), strict=True) if r == 1
+        name
+        for name, r in zip(EXERCISES, program_rewards(broken, problems, ENOUGH), strict=True)
+        if r == 1
     ]
     assert passed == []
 
@@ -726,7 +777,14 @@ ATTACK = {
 HEAD = "import contextlib, os, random, shutil, socket, time\n"
 # What never ends by itself (or, of late, only after minutes of work): it gets SHORT seconds.
 ENDLESS = {
-    *("infinite loop", "sleeps", "memory by and by", "many inodes", "fork bomb", "patient fork bomb"),
+    *(
+        "infinite loop",
+        "sleeps",
+        "memory by and by",
+        "many inodes",
+        "fork bomb",
+        "patient fork bomb",
+    ),
     *("thread bomb", "infinite import", "ignores signals", "blocks on a pipe", "kills its group"),
     *("catches its end", "daemon that keeps the pipe", "power of powers", "stops itself"),
     *(
@@ -751,7 +809,9 @@ INSIDE = {
     *("memory of the keeper", "descriptors", "links for the cleaner", "chmod of its own folder"),
     *("stops itself", "leaves a thread", "patches the harness"),
 }
-if os.geteuid() != 0:  # the server is of the same user as all else: these would stop or kill more than it
+if (
+    os.geteuid() != 0
+):  # the server is of the same user as all else: these would stop or kill more than it
     INSIDE -= {"thread bomb", "fork bomb", "patient fork bomb", "daemon that keeps the pipe"}
 
 
@@ -801,7 +861,9 @@ def attack(ways, outside):
 
     def run(way, name, program, problem):
         server = ways(way)
-        (result,) = run_programs([fill(program, outside)], [problem], SHORT if name in ENDLESS else ENOUGH)
+        (result,) = run_programs(
+            [fill(program, outside)], [problem], SHORT if name in ENDLESS else ENOUGH
+        )
         assert run_programs([RIGHT], [SQUARE], ENOUGH) == [("ran", 3, 3)], "the next program"
         assert_nothing_is_left(server, way)
         return result
@@ -845,7 +907,10 @@ def outside():
     old = os.environ.get("SANDBOX_TEST")
     os.environ["SANDBOX_TEST"] = SECRET
     victim = subprocess.Popen(["sleep", "100000"], env={"SANDBOX_TEST": SECRET})
-    tcp, udp = socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    tcp, udp = (
+        socket.create_server(("127.0.0.1", 0)),
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
+    )
     udp.bind(("127.0.0.1", 0))
     abstract = socket.socket(socket.AF_UNIX)
     if sys.platform == "linux":
@@ -904,9 +969,15 @@ def test_the_expected_output_cannot_be_stolen(attack, way, name):
 
 
 @cases(ATTACK)
-def test_an_attack_on_the_outside_earns_at_most_what_is_right_and_changes_nothing(attack, outside, way, name):
+def test_an_attack_on_the_outside_earns_at_most_what_is_right_and_changes_nothing(
+    attack, outside, way, name
+):
     program = HEAD + ATTACK[name] + "\n" + RIGHT_SCRIPT
-    assert attack(way, name, program, DOUBLE) in [("ran", 3, 3), ("runtime error", 0, 3), ("time-out", 0, 3)]
+    assert attack(way, name, program, DOUBLE) in [
+        ("ran", 3, 3),
+        ("runtime error", 0, 3),
+        ("time-out", 0, 3),
+    ]
     assert snapshot(Path(outside["folder"])) == outside["before"] and not Path(PLACE).exists()
     if sys.platform == "linux":
         assert state(outside["victim"]) == "S"  # alive, and not stopped
@@ -933,15 +1004,16 @@ def test_a_server_that_was_killed_is_replaced_before_it_costs_a_program_its_rewa
 def test_a_program_that_kills_its_server_has_a_runtime_error(way, ways):
     ways(way)
     kill = "import os, time\ndef f(x): os.kill(os.getppid(), 9); time.sleep(1); return x * x"
-    assert run_programs([kill, RIGHT], [SQUARE] * 2, ENOUGH) == [("runtime error", 0, 3), ("ran", 3, 3)]
+    assert run_programs([kill, RIGHT], [SQUARE] * 2, ENOUGH) == [
+        ("runtime error", 0, 3),
+        ("ran", 3, 3),
+    ]
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_program_meets_no_file_of_another(way, ways):
     ways(way)
-    leave = (
-        "import os, tempfile\nfor path in ('a', tempfile.gettempdir() + '/b'): open(path, 'w').write('x')\n"
-    )
+    leave = "import os, tempfile\nfor path in ('a', tempfile.gettempdir() + '/b'): open(path, 'w').write('x')\n"
     look = "import os, tempfile\nassert not os.listdir('.') and not os.listdir(tempfile.gettempdir())\n"
     programs = [look + leave + RIGHT_SCRIPT, look + RIGHT_SCRIPT]
     assert program_rewards(programs, [DOUBLE] * 2, ENOUGH) == [1.0, 1.0]
@@ -974,7 +1046,9 @@ def test_without_a_sandbox_a_warning_says_so_once(ways, capfd):
     assert capfd.readouterr().err.count("apt install bubblewrap") == 1
 
 
-def test_without_a_sandbox_a_models_programs_are_refused_unless_they_are_trusted(monkeypatch, capsys):
+def test_without_a_sandbox_a_models_programs_are_refused_unless_they_are_trusted(
+    monkeypatch, capsys
+):
     monkeypatch.setattr(reward, "sandbox", lambda: [])
     with pytest.raises(SystemExit) as stop:
         reward.check_sandbox("apps")
