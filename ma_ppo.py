@@ -718,6 +718,7 @@ def main(argv=None):
     try:
         cfg = parse(argv)
         device = sft.setup(cfg.device, cfg.timeout)  # join the other ranks, if there are any
+        sft.record_rows(cfg)  # so that a changed file is noticed later
         folders = [sft.claim(Path(cfg.out) / arm) for arm in cfg.arms]  # held against other runs
         build_missing_stages(cfg)  # chapters 1 and 2, where their folders are not there yet
         for arm, folder in zip(cfg.arms, folders, strict=True):
@@ -877,6 +878,8 @@ def check_stage(chapter, out, stage, cfg):
             old, new = [[os.path.realpath(path) for path in files] for files in (old, new)]
         if name in made and old != new:
             differences.append(f"--{name} {made[name]!r}, not {getattr(stage, name)!r}")
+    if made.get("rows_sha256", cfg.rows_sha256) != cfg.rows_sha256:
+        differences.append("other rows in the same files")
     if differences:
         reasons = "; ".join(differences)
         sft.fail_together(f"{out} was made with {reasons}: choose another --out, or remove it")

@@ -213,6 +213,7 @@ def train(cfg):
         sft.fail(f"--task {cfg.task} needs no reward model: go on with ma_ppo.py")
     cfg.sft = cfg.sft or str(Path("runs") / cfg.task / "sft")
     device = sft.setup(cfg.device, cfg.timeout)  # join the other ranks, if there are any
+    sft.record_rows(cfg)  # so that a changed file is noticed later
     rows = load_pairs(cfg, "rm")  # this chapter's share of the preference pairs
     test = load_pairs(cfg, "test")  # held out
     out = sft.claim(cfg.out)  # the run's folder, held against other runs

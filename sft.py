@@ -119,6 +119,7 @@ class Config:
     # What the rows are, and how they are shown to the model: Appendices D and E.
     epochs: float = opt(0.0, "passes over the rows, which then set --steps; 0: --steps counts")
     split: list[float] = opt([20, 40, 40], "% of the prompts for SFT, RM, PPO; a tenth is held out")
+    rows_sha256: str = opt("", "of the rows; other rows are refused; empty: it is recorded")
     skip_bad_rows: bool = opt(
         False, "leave malformed rows out, and count them, instead of stopping"
     )
@@ -403,6 +404,7 @@ def main(argv=None):
 def train(cfg):
     """The whole chapter: fine-tune, measure, save, with `run.json` and `metrics.jsonl`."""
     device = setup(cfg.device, cfg.timeout)  # join the other ranks, if torchrun started us
+    record_rows(cfg)  # so that a changed file is noticed later
     rows = load_share(cfg, "sft", "response")  # this chapter's share of the demonstrations
     test = load_share(cfg, "test", "response")[:256]  # held out: no chapter learns from them
     out = claim(cfg.out)  # the run's folder, held against other runs
@@ -868,7 +870,8 @@ def changed_settings(cfg, made):
     for name, now in asdict(cfg).items():
         free = name in FREE_SETTINGS or (name == "steps" and cfg.epochs)  # epochs set the steps
         if name in made and not free and made[name] != now:
-            changes.append(f"--{name} was {made[name]!r}, is {now!r}")
+            what = "the rows have changed: " if name == "rows_sha256" else ""
+            changes.append(f"{what}--{name} was {made[name]!r}, is {now!r}")
     return changes
 
 
@@ -1932,6 +1935,16 @@ def sorted_out(paths, task):
             else:
                 dropped[row] += 1
     return rows, malformed, dropped
+
+
+def record_rows(cfg):
+    """Note which rows a run learns from; refuse others than --rows_sha256. Toys never change."""
+    if cfg.task.startswith("toy"):
+        return
+    found = rows_digest(load_rows(cfg.task, tuple(cfg.data), cfg.skip_bad_rows))
+    if cfg.rows_sha256 not in ("", found):
+        fail(f"--rows_sha256 {cfg.rows_sha256}: the rows have {found}")
+    cfg.rows_sha256 = found
 
 
 def rows_digest(rows):
