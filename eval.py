@@ -66,7 +66,7 @@ def read_rows(path, keys=()):
     """
     try:
         lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-        # The last piece has no line break behind it: it is empty, or being written at this moment.
+        # No line break follows the last piece: it is empty, or being written at this moment.
         rows = [json.loads(line.decode()) for line in lines[:-1]]
     except (OSError, ValueError, RecursionError) as error:
         fail(f"{path} cannot be read: {error}")
@@ -329,7 +329,7 @@ def heatmap(args):
     Value V (blue line): the critic's guess, in front of each token, of the reward to come. Before
     the first update it spikes where a sentence has just ended. The critic starts as a copy of the
     reward model, which was only ever read at the end of a response: to it, a text that stops in
-    mid-sentence is a broken response, and one that stops behind a full stop is a finished one.
+    mid-sentence is a broken response, and one that stops after a full stop is a finished one.
 
     Return (red steps): what V should have been, GAE's mixture of the score, which arrives at the
     last token, and the critic's guesses on the way. With λ = 0.95 the score's share fades in about
@@ -513,8 +513,7 @@ def load_models(policy, tested, args):
     models["policy"], tokenizer = sft.load_causal_lm(policy.model, length, device)
     models["reference"], _ = sft.load_causal_lm(cfg.sft, length, device)
     if not tested:
-        if not (Path(cfg.reward_model) / reward.HEAD).is_file():
-            fail(f"{cfg.reward_model}: no reward model there")
+        ma_ppo.check_folders(cfg)  # a reward model of ours, or a classifier
         models["reward"] = reward.ScalarModel.load(cfg.reward_model, device)
     for name, model in models.items():
         model.requires_grad_(name == "policy")  # in bf16, frozen models are kept in half the memory
@@ -801,7 +800,7 @@ def human_verdicts(pairs, answers, cfg, args):
 
 
 def llm_verdicts(pairs, answers, cfg, args):
-    """A language model behind an OpenAI-compatible endpoint, asked in both orders."""
+    """A language model with OpenAI's interface, asked in both orders."""
     client = llm_client(args)
     verdicts = []
     for pair in tqdm(pairs, desc="judge"):

@@ -1,4 +1,4 @@
-"""Chapter 4: PPO on macro actions, beside PPO on tokens.
+"""Chapter 4: PPO (proximal policy optimization) on macro actions, beside PPO on tokens.
 
 A primer. PPO learns from its own tries. All of its words, on one response of six tokens:
 
@@ -7,8 +7,8 @@ A primer. PPO learns from its own tries. All of its words, on one response of si
     value       V          1      3        0      1       2      1
     advantage   A        .38  -3.25     1.50   1.00       0   2.00     token_gae, lambda = 1/2
                        |-------------|--------------------|-------|
-    reward      R           -1                0              3
-    value       V            2                1              1
+    reward      R           -1                0              3         (sums)
+    value       V            2                1              1         (means)
     advantage   A         -1.5              1.0            2.0         macro_gae, lambda = 1/2
 
 policy        the language model that writes responses, and learns. An *action* is what it decides:
@@ -23,29 +23,34 @@ reward r      what a token earns: the penalty, and at the last real token the sc
 return        the sum of the rewards from a token on: what is still to come, and what training wants
               large. One sample of it is noisy: it depends on all tokens that happened to follow.
               What the critic is taught is A + V: this sum, mixed with its own later guesses.
-value V       the critic's guess of the return, before the token is chosen. The critic is a second
-              model, which learns to predict. It is what "better than expected" is measured by.
+value V       the critic's guess of the return, made *before* the token is chosen: 3 is the guess
+              after reading "the". After the end it is 0. The critic is a second model, which
+              learns to predict; "better than expected" is measured by it.
 advantage A   how much better an action turned out than expected: positive ones are made likelier,
               negative ones less likely. Without the comparison, every token of a good response
               would be praised, and the praise would drown in noise.
 delta         one step of surprise: r_t + V(s_{t+1}) - V(s_t), where s_t is the text before token
-              t. If the critic is right, only the choice of token t can have caused it.
+              t: what is expected after the choice of token t, less what was expected before.
 GAE           generalized advantage estimation: A_t = delta_t + lambda A_{t+1}, the sum of the
-              surprises from t on, each discounted by lambda per step.
+              surprises from t on, each discounted by lambda per step. From the end, with 1/2:
+              A("<eos>") = 3 + 0 - 1 = 2; A(".") = (0 + 1 - 2) + 2/2 = 0; A("nice") = (0 + 2 - 1)
+              + 0/2 = 1.
 lambda        the trade-off. 0: trust the critic, look one step ahead: little noise, but all of the
               critic's errors (*bias*). 1: trust the return, use the critic as baseline only: no
-              bias, all the noise. In between, news from d steps ahead arrives times lambda^d, so
-              that credit reaches about 1 / (1 - lambda) steps: the *horizon*, 20 for .95.
+              bias, all the noise. In between, news from d steps ahead arrives times lambda^d. The
+              sum of all lambda^d is 1 / (1 - lambda), so that is about how many steps credit
+              reaches: the *horizon*, 20 for .95.
 gamma         a discount of the rewards themselves; 1 here, for a late score counts in full.
 whitening     advantages are shifted and scaled to mean 0 and variance 1 over the batch: step sizes
               then do not depend on the units of the score. After the returns are taken, for the
               critic must predict real rewards.
-ratio         pi(a) / pi_old(a), the token's probability now against that when it was sampled. The
-              loss is -ratio x A. Before the first update the ratio is 1, but its *gradient* is
-              that of log pi: the loss is no measure of progress, its slope is all that counts.
+ratio         pi(a) / pi_old(a), the token's probability now over that when it was sampled. The
+              loss is -ratio x A. Before the first update the ratio is 1 everywhere, but its
+              gradient is not 0: d(pi / pi_old) = (pi / pi_old) d log pi, so it is that of log pi.
+              The value of the loss says nothing about progress; only its slope is used.
 clip          once the ratio has left 1 +- 0.2 in the direction that A asks for, the gradient is cut
               off: a few responses must not carry the policy far from where they were sampled. With
-              one update per rollout, the default, this never happens.
+              one update per rollout (one batch of samples), the default, this never happens.
 
 Why should fewer decisions help? The score is earned at the end, and has to travel back to the
 early tokens *through the critic's guesses*: each decision on the way multiplies it by lambda, and
@@ -103,11 +108,14 @@ from sft import opt, print0
 
 @dataclass
 class Config(sft.Config):
-    """Settings of the PPO chapter. Values without a source were found on the toy."""
+    """Settings of the PPO chapter. Values without a source were found on the toy.
+
+    An *arm* is one training of a comparison: all arms share models, prompts and noise.
+    """
 
     arms: list[str] = opt(
         ["token", "fixed"],
-        "trainings to compare, one after the other: terminations of chapter 3, or control",
+        "trainings to compare: terminations of chapter 3, control (token with lam^(1/n)), or rloo",
         "--terminations",
     )
     n: int = opt(5, "tokens in a macro action of `fixed` (paper: 5; code: 10)")
@@ -118,13 +126,15 @@ class Config(sft.Config):
     sample_batch_size: int = opt(0, "responses sampled at once by a rank; 0: all of its share")
     lr: float = opt(5e-4, "learning rate of the policy, constant after the warm-up")
     critic_lr: float = opt(1e-3, "learning rate of the critic")
-    warmup: int = opt(10, "steps in which the policy's rate rises; the critic learns at once")
+    warmup: int = opt(
+        10, "number of steps in which the policy's rate rises; the critic learns at once"
+    )
     gamma: float = opt(1.0, "discount per action, macro action or token (paper: 1)")
     lam: float = opt(0.95, "GAE's lambda, per action like gamma; control: lam^(1/n) (paper: 0.95)")
     beta: float = opt(0.05, "weight of the KL penalty, reward per nat (paper: 0.05)")
     clip: float = opt(0.2, "PPO's clipping range, of the ratio and of the value (paper: 0.2)")
     ppo_epochs: int = opt(1, "updates per rollout (paper: 1; then nothing is ever clipped)")
-    no_eos_score: float = opt(-4.0, "score of a response that does not end by itself")
+    no_eos_score: float = opt(-4.0, "score of a response that does not end: a bad RM score")
     temperature: float = opt(1.0, "of sampling, and of every log-probability (paper: 0.8)")
     top_k: int = opt(0, "sample from the k likeliest tokens only (paper: 50); 0: from all")
     top_p: float = opt(1.0, "sample from the likeliest tokens that make up this probability")
@@ -221,9 +231,9 @@ def choose_prompts(arm, prompts, step, cfg):
 def sample(policy, examples, step, tokenizer, cfg):
     """Sample a response to each prompt -> Rollout.
 
-    The noise of a response is a function of (seed, step, prompt number) alone, and in `rloo` of
-    which of the prompt's samples it is. So a run repeats itself exactly, on any number of ranks,
-    and all arms meet the same luck.
+    The noise of a response is a function of (seed, step, prompt number), and in `rloo` of the
+    sample's number, of nothing else. So a run repeats itself exactly, on any number of ranks, and
+    all arms meet the same luck.
     """
     seeds = []
     for example in examples:
@@ -265,9 +275,10 @@ def generate(model, prompts, uniforms, tokenizer, cfg):
     cache, sampled = None, []
     done = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)  # [B]
     ends = torch.tensor(sft.end_ids(tokenizer), device=model.device)  # any of them ends a response
+    columns = uniforms.to(model.device).T  # [max_response, B]
     with sft.autocast(model, cache=True):  # weights are cast once, not for every token
-        for u in uniforms.to(model.device).T:  # [B]
-            output = model(
+        for u in columns:  # [B]
+            output = model(  # cache: called past_key_values before transformers 5.24
                 input_ids=tokens,
                 attention_mask=attention,
                 position_ids=place,
@@ -298,7 +309,7 @@ def up_to_end(row, ends):
 
 
 def everywhere(done, model):
-    """Whether this rank is done; with a sharded model, which all must call equally often, all."""
+    """Whether sampling may stop: this rank is done; with a sharded model, all ranks are."""
     if sft.is_sharded(model):
         return float(sft.all_sum(float(done))) == sft.world()
     return bool(done)
@@ -369,8 +380,9 @@ def judge(rollout, models, examples, tokenizer, cfg):
 def micro_batches(batch, size, sort=False):
     """A batch in parts of at most `size` rows: a list of (row numbers LongTensor [b], Batch).
 
-    sort: rows of similar length together, without the columns in which all have padding. These
-    would be computed and thrown away. It changes nothing but the rounding of sums.
+    sort (--sort_by_length): rows of similar length together, without the columns in which all have
+    padding. These would be computed and thrown away. It changes nothing but the rounding of sums,
+    and is off by default so that published numbers repeat to the last digit.
     """
     count, T = batch.mask.shape
     P = batch.attention.shape[1] - T
@@ -472,7 +484,7 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
     scores: [B]; logprobs, ref_logprobs, mask: [B, T]; beta: reward per nat, the unit of natural
     logarithms. The sum of log pi - log pi_ref over a sampled response is an unbiased estimate of
     the KL divergence. The score lands on the last *real* token, the end mark: in a padded row the
-    last column lies behind the end, where nothing was decided, and the mask would drop the score.
+    last column lies after the end, where nothing was decided, and the mask would drop the score.
 
     >>> mask = torch.tensor([[1, 1, 0]])  # a response of two tokens, and padding
     >>> logprobs, ref_logprobs = torch.tensor([[-1.0, -2, 0]]), torch.tensor([[-3.0, -2, 0]])
@@ -500,7 +512,7 @@ def token_gae(rewards, values, mask, gamma, lam):
     [[0.375, -3.25, 1.5, 1.0, 0.0, 2.0]]
     """
     R = torch.where(mask.bool(), rewards, 0)  # [B, T]
-    V = torch.where(mask.bool(), values, 0)  # [B, T], so V behind the last real step is 0
+    V = torch.where(mask.bool(), values, 0)  # [B, T], so V after the last real step is 0
     A = discounted_sum(R + gamma * shift(V) - V, gamma * lam)  # [B, T]
     returns = A + V  # [B, T]
     return A * mask, returns * mask
@@ -522,7 +534,7 @@ def macro_gae(rewards, values, mask, seg, gamma, lam, value_pooling="equal", rew
     [[-1.5, -1.5, 1.0, 1.0, 1.0, 2.0]]
     """
     R = pool(rewards, seg, mask, reward_pooling)  # [B, K]
-    V = pool(values, seg, mask, value_pooling)  # [B, K], so V behind the last macro action is 0
+    V = pool(values, seg, mask, value_pooling)  # [B, K], so V after the last macro action is 0
     A = discounted_sum(R + gamma * shift(V) - V, gamma * lam)  # [B, K]
     returns = A + V  # [B, K]
     return A.gather(1, seg) * mask, returns.gather(1, seg) * mask
@@ -634,18 +646,25 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, seg=None):
     """PPO's clipped objective, averaged over real tokens.  -> scalar
 
     All [B, T], seg a LongTensor: with it there is one ratio per macro action (the paper's formula).
-    Its L tokens share that ratio, so it weighs L times as much as with token ratios.
+    A macro action of L tokens then enters the sum L times, with the product of all L ratios.
     """
     ratio = ratios(logprobs, old_logprobs, mask, seg)  # [B, T]
     clipped = ratio.clamp(1 - clip, 1 + clip)  # [B, T]
     advantages = torch.where(mask.bool(), advantages, 0)  # [B, T]
-    # min: of the two, the one that promises less. So clipping can only take gain away.
+    # The smaller of the two, clip = 0.2. It stops the gradient where A has got what it asks for:
+    #     A > 0, ratio above 1.2: 1.2 A, constant        A > 0, ratio below 0.8: ratio x A, goes on
+    #     A < 0, ratio below 0.8: 0.8 A, constant        A < 0, ratio above 1.2: ratio x A, goes on
     loss = -torch.min(ratio * advantages, clipped * advantages)  # [B, T]
     return loss.sum() / mask.sum().clamp(min=1)
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2):
-    """Clipped squared error of the critic, averaged over real tokens.  All [B, T] -> scalar."""
+    """Clipped squared error of the critic, averaged over real tokens.  All [B, T] -> scalar.
+
+    As for the policy: within one rollout the critic must not run far from what it said before. In
+    the first update of a rollout values equal old_values, and nothing is clipped. Mind the unit:
+    clip is in units of reward here, where returns may span ten.
+    """
     values = torch.where(mask.bool(), values, 0)  # [B, T]
     old_values = torch.where(mask.bool(), old_values, 0)  # [B, T]
     returns = torch.where(mask.bool(), returns, 0)  # [B, T]
@@ -796,9 +815,8 @@ def check_sampling(policy, prompts, tokenizer, cfg):
 
     `generate` reads keys and values from a cache, and skips padding by position ids. Not every
     architecture keeps its memory in that way, and one that does not goes wrong in silence. So two
-    prompts get eight tokens each, and the same uniform numbers must lead to the same tokens in a
-    forward pass over the whole text: each must fall into its token's share of the distribution,
-    give or take some rounding.
+    prompts get eight tokens each, all drawn with the uniform number 0.5. In a forward pass over the
+    whole text, without cache, 0.5 must fall into the same tokens, give or take some rounding.
     """
     uniforms = torch.full((len(prompts), min(8, cfg.max_response)), 0.5, dtype=torch.float64)
     texts = [example["prompt"] for example in prompts]
@@ -818,7 +836,7 @@ def check_sampling(policy, prompts, tokenizer, cfg):
         sft.fail(f"--sft {cfg.sft}: a {name} samples other tokens with its cache than without")
 
 
-# Settings that a stage takes over, and, of these, those that shape the tokens that it learns.
+# Settings that a stage takes over; and those in which a finished stage must agree with this run.
 SHARED = (
     *("seed", "data", "split", "skip_bad_rows", "chat_template", "max_prompt", "max_response"),
     *("device", "precision", "gradient_checkpointing", "compile", "shard"),

@@ -21,6 +21,7 @@ Contents
     the story     Config, the model, where the score sits, the loss, main, the measures
     Appendix A    the toy's true quality and its noisy judge
     Appendix B    programs: unit tests as the reward, run in a sandbox
+    Appendix C    reward models that others have published
 You may stop reading at Appendix A.
 """
 
@@ -77,12 +78,6 @@ def output_width(trunk):
     return trunk(input_ids=token, use_cache=False).last_hidden_state.shape[-1]
 
 
-def is_classifier(folder):
-    """Whether a folder or hub name holds a sequence classifier of transformers."""
-    config = sft.load_or_fail(AutoConfig.from_pretrained, folder)
-    return any("ForSequenceClassification" in name for name in config.architectures or ())
-
-
 class ScalarModel(nn.Module):
     """A transformer trunk with one number per position: the RM, and later the critic."""
 
@@ -123,33 +118,15 @@ class ScalarModel(nn.Module):
     def load(cls, folder, device="cpu"):
         """The model that `save_pretrained` wrote; of a causal LM its trunk, under a fresh head.
 
-        Nearly all published reward models are AutoModelForSequenceClassification with one label:
-        of these, trunk and head.
+        Reward models that others have published are of another form: Appendix C.
         """
         if is_classifier(folder):
-            return cls.from_classifier(folder).to(device)
+            return from_classifier(folder).to(device)
         model = cls(sft.load_model(AutoModel, folder))
         head = Path(folder) / HEAD
         if head.exists():
             model.head.load_state_dict(load_file(head))
         return model.to(device)
-
-    @classmethod
-    def from_classifier(cls, folder):
-        """The same model as a sequence classifier of transformers that gives one number."""
-        classifier = sft.load_model(AutoModelForSequenceClassification, folder)
-        score = getattr(classifier, "score", None)
-        if not isinstance(score, nn.Linear) or score.out_features != 1:
-            sft.fail(
-                f"{folder}: a reward model is a decoder with one label, read at its last token"
-            )
-        model = cls(classifier.base_model)
-        state = {
-            "weight": score.weight,
-            "bias": torch.zeros(1) if score.bias is None else score.bias,
-        }
-        model.head.load_state_dict(state)
-        return model
 
 
 # Where the score sits. The trunk gives a number at every position, but only one of them has read
@@ -267,35 +244,12 @@ def start_model(cfg, device):
     return model, load_tokenizer(cfg.sft)
 
 
-def load_tokenizer(folder):
-    """The tokenizer that sft.py saved with the model, which has a PAD token that is not EOS."""
-    tokenizer = sft.load_or_fail(AutoTokenizer.from_pretrained, folder)
-    pad = tokenizer.pad_token_id
-    sft.conventions(tokenizer)
-    if tokenizer.pad_token_id != pad:  # it had none of its own, and was given one just now
-        sft.fail(f"{folder}: the tokenizer has no PAD of its own; make the folder with sft.py")
-    return tokenizer
-
-
-def check_vocabulary(model, folder, tokenizer):
-    """Refuse an RM that reads other ids than the policy writes; PAD alone may be new to it.
-
-    tokenizer: the policy's.
-    """
-    theirs = sft.load_or_fail(AutoTokenizer.from_pretrained, folder).get_vocab()
-    for token, number in tokenizer.get_vocab().items():
-        if theirs.get(token) != number and number != tokenizer.pad_token_id:
-            sft.fail(f"--reward_model {folder} reads another vocabulary: {token!r} is not {number}")
-    if len(tokenizer) > model.trunk.get_input_embeddings().weight.shape[0]:
-        model.trunk.resize_token_embeddings(len(tokenizer))
-
-
 @torch.no_grad()
 def score_all(model, examples, pad, size, device):
     """The RM's scores of encoded {prompt, response} examples, in order: a list on every rank.
 
-    The ranks share the work. A model that is split among them must be called equally often by
-    all, so that those who run out of examples score the first one again, and forget it.
+    The ranks share the work. A model that is split among them must be called equally often by all
+    of them. So a rank that runs out of examples scores the first one again, and forgets it.
     """
     mine = examples[sft.rank() :: sft.world()]
     share = math.ceil(len(examples) / sft.world())
@@ -482,12 +436,12 @@ def any_summary(rng, facts):
 
 # Appendix B. Programs: a reward from unit tests.
 #
-# For code, no model has to guess what people like: a program is run on a problem's unit tests, and the
-# share that it passes is the reward. But a policy in training writes anything, programs that never
-# end or delete files among them. So every test runs in a process of its own, in a sandbox without
-# network, files or other processes (bubblewrap), with limits on time and memory. The sandbox never
-# learns the expected outputs: it sends back what the program answered, which is compared out here.
-# No trick on the harness can earn more than a right answer does.
+# For code, no model has to guess what people like: a program is run on a problem's unit tests, and
+# the share that it passes is the reward. But a policy in training writes anything, programs that
+# never end or delete files among them. So every test runs in a process of its own, in a sandbox
+# without network, files or other processes (bubblewrap), with limits on time and memory. The
+# sandbox never learns the expected outputs: it sends back what the program answered, which is
+# compared out here. No trick on the harness can earn more than a right answer does.
 
 FAILURES = {"compile error": -1.0, "runtime error": -0.6, "time-out": -0.6}
 
@@ -495,14 +449,15 @@ FAILURES = {"compile error": -1.0, "runtime error": -0.6, "time-out": -0.6}
 def program_rewards(programs, problems, timeout=4.0) -> list[float]:
     """The paper's reward of each program on its problem's tests; arguments as in `run_programs`.
 
-    -1 if Python cannot compile it, -0.6 if a test ends in an error or takes too long, else from -0.3
-    (no test passed) to 1 (all of them).
+    -1 if Python cannot compile it, -0.6 if a test ends in an error or takes too long, else from
+    -0.3 (no test passed) to 1 (all of them).
 
-    What is right is what APPS' own harness accepts, but for slips that a policy would learn to use:
-    who prints the answer and then crashes, or exits with a status other than 0, has not finished; of
-    several expected results the first is not enough; lines, and words of a line, may come in another
-    order, but each as often as expected (or else "YES NO" would pass wherever both occur); whole
-    numbers are equal or not (its tolerance takes 100001 for 100000). And there is no numpy.
+    What is right is what APPS' own harness accepts, except for slips that a policy would learn to
+    use. Stricter on purpose: a program that prints the answer and then crashes, or exits with a
+    status other than 0, has failed. Of several expected results the first alone is not enough.
+    Lines, and words of a line, may come in another order, but each as often as expected (or else
+    "YES NO" would pass wherever both occur). Whole numbers are equal or not (APPS' tolerance takes
+    100001 for 100000). And there is no numpy.
     """
     rewards = []
     for status, passed, total in run_programs(programs, problems, timeout):
@@ -585,6 +540,8 @@ def same_output(printed, expected):
     """Whether a script printed the expected words, in any order, or nearly the same numbers."""
     printed = [line.split() for line in printed.splitlines() if line.strip()]
     expected = [line.split() for line in expected.splitlines() if line.strip()]
+    if sum(map(len, printed)) != sum(map(len, expected)):
+        return False
     if sorted(map(sorted, printed)) == sorted(map(sorted, expected)):
         return True
     if list(map(len, printed)) != list(map(len, expected)):
@@ -597,7 +554,7 @@ def same_output(printed, expected):
 
 
 def same_number(word, wanted):
-    """Whether two numbers agree to 3 decimals or 5 digits (np.allclose); whole ones, to the last."""
+    """Whether numbers agree to 3 decimals or 5 digits (np.allclose); whole ones must be equal."""
     if word.lstrip("+-").isdecimal() and wanted.lstrip("+-").isdecimal():
         return Decimal(word) == Decimal(wanted)
     x, y = float(word), float(wanted)
@@ -605,12 +562,15 @@ def same_number(word, wanted):
 
 
 def check_sandbox(task, trust=False):
-    """Stop where programs of `task` must not run: not the toy's, no sandbox, and no `trust`."""
-    if task not in ("toy-code", *sft.PROGRAMS) or task == "toy-code" or trust or sandbox():
+    """Stop where a pretrained model's programs would run without a sandbox, and without `trust`.
+
+    A model of the task toy-code, which has seen nothing but that, gets limits only, and a warning.
+    """
+    if task != "apps" or trust or sandbox():
         return
     sft.fail(
-        f"--task {task} runs what a model wrote, and bubblewrap, its sandbox, is missing or may not "
-        "make namespaces: apt install bubblewrap, or risk your files with --trust_programs"
+        f"--task {task} runs what a model wrote, and its sandbox, bubblewrap, is missing or may "
+        "not make namespaces: apt install bubblewrap, or risk your files with --trust_programs"
     )
 
 
@@ -676,7 +636,7 @@ class Server:
         return reply
 
     def start(self):
-        """Start the process: in bubblewrap or, without, in a folder of its own under limits only."""
+        """Start the process: in bubblewrap, or in a folder of its own under limits only."""
         self.stop()
         user = -1  # stay who we are
         if os.geteuid() == 0:
@@ -689,7 +649,7 @@ class Server:
             command = [PYTHON]
             self.folder = tempfile.mkdtemp()
             environment["TMPDIR"] = self.folder
-            os.chown(self.folder, user, -1)
+            os.chmod(self.folder, 0o777 if user >= 0 else 0o700)  # it is `user` who writes to it
         command += ["-P", "-s", "-S", "-X", "utf8", "-c", SERVER]
         self.process = subprocess.Popen(
             [*command, str(user), "sandbox" if sandbox() else ""],
@@ -725,7 +685,8 @@ SERVER = r'''
 import atexit, builtins, contextlib, ctypes, decimal, fractions, gc, json, os, random, re, resource
 import select, sys, tempfile, textwrap, threading, time, types
 # Programs like these, which are imported once, here, and not by every test.
-import __future__, array, cmath, concurrent.futures.thread, dataclasses, enum, io, numbers, pickle, statistics
+import __future__, abc, array, cmath, concurrent.futures.thread, contextlib, dataclasses, enum, io
+import numbers, pickle, pprint, signal, statistics, traceback
 
 # What APPS' harness imports for programs, so that they take it for granted, and a little more.
 PRELUDE = """
@@ -736,15 +697,24 @@ from bisect import *; from collections import *; from functools import *
 from heapq import *; from itertools import *; from typing import *
 stdin, stdout = sys.stdin, sys.stdout
 """
-LIMITS = {  # of a process; NPROC: of all processes and threads together
-    "AS": 1 << 30, "FSIZE": 1 << 24, "NOFILE": 64, "NPROC": 16, "MSGQUEUE": 0, "CORE": 0,
+LIMITS = {
+    "AS": 1 << 30,  # bytes of memory, of each process
+    "FSIZE": 1 << 24,  # bytes of a file
+    "NOFILE": 64,  # open files
+    "NPROC": 16,  # processes and threads, all together
+    "MSGQUEUE": 0,
+    "CORE": 0,
 }
 LONGEST = 1 << 23  # bytes of an answer
 COMPILE_ERROR = 200  # the exit status that says so
-NUMBERS = {decimal.Decimal: float, fractions.Fraction: float}  # equal to JSON's
+NUMBERS = {decimal.Decimal: float, fractions.Fraction: float}  # how JSON can have them
 
 
-def serve(user, sandbox):
+USER = int(sys.argv[1])  # whom to become, or -1
+SANDBOX = sys.argv[2] == "sandbox"
+
+
+def serve():
     """Run tests, each a line of JSON, until there are no more."""
     jobs = os.fdopen(os.dup(0))
     replies = os.fdopen(os.dup(1), "w")
@@ -752,37 +722,36 @@ def serve(user, sandbox):
     exec(PRELUDE, names)
     builtins.exit = builtins.quit = sys.exit
     sys.set_int_max_str_digits(0)  # as in the Python of APPS' days
-    alone = bool(sandbox)  # whether all processes that we can signal are the program's
-    if user >= 0:
+    alone = SANDBOX  # whether all processes that we may kill are the program's
+    if USER >= 0:
         with contextlib.suppress(OSError):  # some containers have few users
             os.setgroups([])
-            os.setgid(user)
-            os.setuid(user)
+            os.setgid(USER)
+            os.setuid(USER)
             alone = True
     if not alone:  # others' processes count too: allow for all that there are
         with contextlib.suppress(OSError):
             LIMITS["NPROC"] += int(open("/proc/loadavg").read().split()[3].split("/")[1])
     set_dumpable(0)  # programs cannot look into the server
     gc.freeze()  # forks share its memory
-    clean = traces(sandbox)
+    clean = traces()
     print("ready", file=replies, flush=True)
     for line in jobs:
         reply = run_test(json.loads(line), names, alone)
         # Nothing is cleaned: where a program has left something, the next one gets a new server.
-        reply["spent"] = traces(sandbox) != clean
+        reply["spent"] = traces() != clean
         print(json.dumps(reply), file=replies, flush=True)
 
 
-def traces(sandbox):
+def traces():
     """What programs can leave behind: files, a changed folder, System V's shared memory."""
-    try:
+    found = []
+    with contextlib.suppress(OSError):
         about = os.stat(".")
-        found = [os.listdir("."), about.st_mode, about.st_nlink]
-    except OSError:
-        return None
-    for kind in ("shm", "msg", "sem") if sandbox else ():
-        with open("/proc/sysvipc/" + kind) as table:
-            found.append(table.read())
+        found += [os.listdir("."), about.st_mode, about.st_nlink]
+        for kind in ("shm", "msg", "sem") if SANDBOX else ():
+            with open("/proc/sysvipc/" + kind) as table:
+                found.append(table.read())
     return found
 
 
@@ -802,13 +771,12 @@ def run_test(test, names, alone):
         os.setpgid(child, child)
     os.close(answer)
     given.close()
-    said = read(pipe, deadline)
+    said, code = follow(child, pipe, deadline)
     os.close(pipe)
-    code = exit_status(child, deadline) if len(said) <= LONGEST else None
-    with contextlib.suppress(OSError):
-        os.kill(-1, 9) if alone else os.killpg(child, 9)
     if code is None:
+        os.kill(child, 9)
         os.waitpid(child, 0)
+    end_others(child, alone)
     status = "ran"
     if code == COMPILE_ERROR:
         status = "compile error"
@@ -819,28 +787,39 @@ def run_test(test, names, alone):
     return {"status": status, "answer": said.decode(errors="replace")}
 
 
-def read(pipe, deadline):
-    """What comes through a pipe until it is closed, or it is late, or too much."""
+def follow(child, pipe, deadline):
+    """What a process says, and its exit status: None if it is late, or says too much."""
     said = b""
-    while len(said) <= LONGEST:
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([pipe], [], [], left)[0]:
-            break
-        chunk = os.read(pipe, 1 << 16)
-        if not chunk:
-            break
+    code = None
+    while len(said) <= LONGEST and time.monotonic() < deadline:
+        patience = 0.01 if code is None else 0
+        ready = select.select([pipe], [], [], patience)[0]
+        chunk = os.read(pipe, 1 << 16) if ready else b""
         said += chunk
-    return said
-
-
-def exit_status(child, deadline):
-    """How a process ended, or None if it is late; it may go on after it closed its output."""
-    while time.monotonic() < deadline:
+        if chunk:
+            continue
+        # The pipe is closed, or silent: but a process may go on after it has closed its output, and
+        # what it has started may keep the pipe open after its end.
+        if code is not None:
+            break
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.0002)
-    return None
+            code = os.waitstatus_to_exitcode(status)
+        elif ready:
+            time.sleep(0.0002)
+    return said, code
+
+
+def end_others(child, alone):
+    """Kill what a program has started, and wait for its end: the limit on processes counts it."""
+    with contextlib.suppress(OSError):  # nobody is left
+        if not alone:
+            os.killpg(child, 9)
+        while alone:
+            os.kill(-1, 9)  # all but this process
+            if not SANDBOX:  # here it never says that nobody is left
+                break
+            time.sleep(0.0002)
 
 
 def run_program(test, names, given, answer):
@@ -909,14 +888,18 @@ def write_result(value):
 
 def finish():
     """A script's end as in Python, save taking that apart, which takes longer than all else."""
-    for step in (threading._shutdown, atexit._run_exitfuncs, lambda: sys.stdout.flush(), gc.collect):
+
+    def flush():
+        sys.stdout.flush()  # whatever that is by then
+
+    for step in (threading._shutdown, atexit._run_exitfuncs, flush, gc.collect):
         with contextlib.suppress(Exception):
             step()
     sys.stdin, sys.stdout = sys.__stdin__, sys.__stdout__
     sys.modules.pop("__main__", None)
-    gc.collect()  # flushes files that the script has forgotten
+    gc.collect()  # writes out the files that the script has forgotten
     with contextlib.suppress(Exception):
-        sys.stdout.flush()
+        flush()
 
 
 def set_dumpable(flag):
@@ -925,8 +908,55 @@ def set_dumpable(flag):
         ctypes.CDLL(None).prctl(4, flag, 0, 0, 0)
 
 
-serve(int(sys.argv[1]), sys.argv[2])
+serve()
 '''
+
+
+# Appendix C. Reward models that others have published.
+#
+# Nearly all of them are AutoModelForSequenceClassification with one label: the same trunk and head
+# as ours under other names, and read at the last token too.
+
+
+def is_classifier(folder):
+    """Whether a folder or hub name holds a sequence classifier of transformers."""
+    config = sft.load_or_fail(AutoConfig.from_pretrained, folder)
+    return any("ForSequenceClassification" in name for name in config.architectures or ())
+
+
+def from_classifier(folder):
+    """The `ScalarModel` that is equal to a sequence classifier with one label."""
+    classifier = sft.load_model(AutoModelForSequenceClassification, folder)
+    score = getattr(classifier, "score", None)
+    if not isinstance(score, nn.Linear) or score.out_features != 1:
+        sft.fail(f"{folder}: a reward model is a decoder with one label, read at its last token")
+    model = ScalarModel(classifier.base_model)
+    bias = torch.zeros(1) if score.bias is None else score.bias
+    model.head.load_state_dict({"weight": score.weight, "bias": bias})
+    return model
+
+
+def load_tokenizer(folder):
+    """The tokenizer that sft.py saved with the model, which has a PAD token that is not EOS."""
+    tokenizer = sft.load_or_fail(AutoTokenizer.from_pretrained, folder)
+    pad = tokenizer.pad_token_id
+    sft.conventions(tokenizer)
+    if tokenizer.pad_token_id != pad:  # it had none of its own, and was given one just now
+        sft.fail(f"{folder}: the tokenizer has no PAD of its own; make the folder with sft.py")
+    return tokenizer
+
+
+def check_vocabulary(model, folder, tokenizer):
+    """Refuse an RM that reads other ids than the policy writes; PAD alone may be new to it.
+
+    tokenizer: the policy's.
+    """
+    theirs = sft.load_or_fail(AutoTokenizer.from_pretrained, folder).get_vocab()
+    for token, number in tokenizer.get_vocab().items():
+        if theirs.get(token) != number and number != tokenizer.pad_token_id:
+            sft.fail(f"--reward_model {folder} reads another vocabulary: {token!r} is not {number}")
+    if len(tokenizer) > model.trunk.get_input_embeddings().weight.shape[0]:
+        model.trunk.resize_token_embeddings(len(tokenizer))
 
 
 if __name__ == "__main__":

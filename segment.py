@@ -20,9 +20,11 @@ in zeros. Source: Chai et al., ICLR 2025, sections 3.2 and 3.3. This chapter imp
     python segment.py --text "Well done. Now do it again!" --termination fixed --n 3
     python segment.py --file eval.py --termination ast
 
-The story: terminations that need no text, numbering, pooling, and how to add your own. You may
-stop reading at Appendix A, the terminations that read text. Appendix B is the viewer, which the
-two commands run.
+Contents
+    the story     terminations that need no text, numbering, pooling, how to add your own
+    Appendix A    terminations that read the text: sentences, words, statements, phrases
+    Appendix B    the viewer, which the two commands run
+You may stop reading at Appendix A.
 """
 
 import argparse
@@ -88,18 +90,22 @@ def random_starts(mask, lengths=(2, 3, 5, 10), seeds=()):
 
 
 def whole_starts(mask):
-    """One macro action per response, n = ∞: a bandit, which decides once.  mask -> bool [B, T]."""
+    """One macro action per response, n = ∞: one decision.  mask -> bool [B, T]."""
     return fixed_starts(mask, max(1, mask.shape[1]))  # [B, T]
 
 
 def perplexity_starts(mask, ref_logprobs):
     """A new macro action where the next token would raise the running one's perplexity (paper).
 
-    Perplexity is exp of the mean surprise -log π_ref, and exp is monotone: so start at t where the
-    surprise of token t exceeds the mean of the macro action so far. mask: [B, T] 0/1;
+    A token's surprise is -log π_ref, and perplexity is exp of the mean surprise. The mean rises
+    where the next surprise is above it: there a macro action begins. mask: [B, T] 0/1;
     ref_logprobs: [B, T], log π_ref of the response tokens. Returns BoolTensor [B, T].
+
+    >>> surprise = torch.tensor([[2.0, 1.0, 1.0, 1.5, 1.0]])
+    >>> perplexity_starts(torch.ones(1, 5), -surprise).int().tolist()  # 1.5 > (2 + 1 + 1) / 3
+    [[1, 0, 0, 1, 0]]
     """
-    # Doubles: sums of equal float32 surprises are exact, so a tie never starts a macro action.
+    # In doubles, sums of equal float32 numbers are exact: a tie starts no macro action.
     surprise = -ref_logprobs.float().double().T.contiguous()  # [T, B]
     starts = torch.ones_like(surprise, dtype=torch.bool)  # [T, B]
     total = length = surprise.new_zeros(mask.shape[0])  # [B], of the running macro action
@@ -173,18 +179,9 @@ def _index_in_macro_action(seg):
     return position - torch.where(begins, position, 0).cummax(1).values  # [B, T]
 
 
-# Your own termination: three lines in one place. Write a function above this table and enter it
-# below; then `ma_ppo.py --arms comma`, `segment.py --termination comma` and the viewer's picture
-# know it, and nothing else has to be touched. The three lines:
-#
-#     def comma_starts(responses):
-#         return cut_after(responses, r",\s*")
-#
-#     "comma": comma_starts,
-#
-# A termination gets `Responses` (Appendix A: mask, texts, offsets, ref_logprobs, seeds, n, cutoff),
-# below called r, and returns starts, a BoolTensor [B, T]; `cut_after` makes them from a regular
-# expression. The functions that the table names and you have not met yet stand in Appendix A.
+# A termination, by name, is a function of `Responses` r (Appendix A: mask, texts, offsets,
+# ref_logprobs, seeds, n, cutoff). It returns starts, a BoolTensor [B, T]. The functions that you
+# have not met yet stand in Appendix A.
 
 TERMINATIONS = {
     "token": lambda r: token_starts(r.mask),
@@ -197,6 +194,15 @@ TERMINATIONS = {
     "ast": lambda r: ast_starts(r.mask, r.texts, r.offsets),
     "whole": lambda r: whole_starts(r.mask),
 }
+
+# Your own termination: write three lines here, such as these. Then `ma_ppo.py --arms comma`,
+# `segment.py --termination comma` and the viewer's picture know it; nothing else has to change.
+#
+#     def comma_starts(responses):
+#         return cut_after(responses, r",\s*")
+#     TERMINATIONS["comma"] = comma_starts
+#
+# `cut_after` begins a macro action after every match of a regular expression.
 
 
 def macro_starts(name, responses):
@@ -470,7 +476,7 @@ def parse_starts(mask, texts, offsets, parser, cutoff=5):
 
 
 def _between(trees, i):
-    """Where the last tree in front of place i ends and the first one behind it begins."""
+    """Where the last tree before place i ends and the first one after it begins."""
     low = max((tree[1] for tree in trees[:i] if tree), default=0)
     high = min((tree[0] for tree in trees[i + 1 :] if tree), default=math.inf)
     return low, high

@@ -5,7 +5,7 @@ prompts x. Its loss is the cross-entropy of the response tokens:
 
     loss = - sum_t log pi(a_t | x, a_<t) / (number of response tokens in the batch)
 
-The prompt and the padding are read, never learned: the model is not asked to write posts.
+The prompt is read, never learned: the model is not asked to write posts.
 
     python sft.py                                  # the embedded toy task: a minute on two cores
     python sft.py --task toy-code                  # short programs, six in ten of them wrong
@@ -24,7 +24,7 @@ Contents
     Appendix E    rows: from files as people have them to {prompt, response, ...}
     Appendix F    the toy: posts about a trip, and their summaries
     Appendix G    toy-code: small programs with unit tests
-You may stop reading at Appendix A; the later chapters need the story only.
+You may stop reading at Appendix A. What the story uses from there says so in a comment.
 """
 
 import argparse
@@ -112,7 +112,9 @@ class Config:
     batch_size: int = opt(32, "sequences per update, over all ranks")
     micro_batch_size: int = opt(32, "sequences per forward pass and rank: memory, not the result")
     lr: float = opt(4e-3, "peak learning rate; rises linearly, then falls as a cosine")
-    warmup: float = opt(0.1, "share of the steps in which the learning rate rises (paper: 0.1)")
+    warmup: float = opt(
+        0.1, "share (0 to 1) of the steps in which the learning rate rises (paper: 0.1)"
+    )
     max_prompt: int = opt(512, "tokens; longer prompts lose their beginning")
     max_response: int = opt(128, "tokens, the end mark included; longer responses lose their end")
 
@@ -179,10 +181,9 @@ class Batch:
 def make_batch(prompts, responses, pad, device):
     """Lay token lists out as a `Batch`.  prompts, responses: B token lists each; pad: id for gaps.
 
-    The masks come from the lengths, not from looking for `pad`. Still PAD must be another token
-    than EOS (the end mark): other people's code, and our own saved models, find padding by its
-    id. Where the two are the same, the mark is hidden with the padding, and a model that never
-    sees an end never learns to stop.
+    PAD must be another token than the end mark EOS. Much code, also outside of this repository,
+    finds padding by its id. Where PAD is EOS, it takes the end mark for padding too, and a model
+    that never sees an end never learns to stop. (Our own masks come from the lengths.)
     """
     P = max(len(prompt) for prompt in prompts)
     T = max(1, *(len(response) for response in responses))
@@ -200,7 +201,7 @@ def make_batch(prompts, responses, pad, device):
 def positions(attention):
     """Position ids that do not count the padding.  [B, S] -> [B, S]
 
-    A model with absolute positions would otherwise read a prompt behind 100 PADs as if it began
+    A model with absolute positions would otherwise read a prompt after 100 PADs as if it began
     at word 100.
     """
     return (attention.cumsum(1) - 1).clamp(min=0)  # [B, S]
@@ -213,7 +214,7 @@ def response_logits(model, batch):
     last prompt column, and we need T+1 columns less the last. The prompt's are never computed.
     """
     T = batch.mask.shape[1]
-    with autocast(model):
+    with autocast(model):  # in bf16, where that is asked for: Appendix C
         output = model(
             input_ids=batch.tokens,
             attention_mask=batch.attention,
@@ -221,7 +222,8 @@ def response_logits(model, batch):
             use_cache=False,
             logits_to_keep=T + 1,
         )
-    return possible(output.logits[:, -T - 1 : -1].float(), model)  # [B, T, V]
+    logits = output.logits[:, -T - 1 : -1].float()  # [B, T, V], V the size of the vocabulary
+    return possible(logits, model)  # ids that stand for no token have no chance: Appendix D
 
 
 def sft_loss(model, batch, token_count):
@@ -458,7 +460,8 @@ TRACKERS = ("wandb", "trackio", "swanlab", "tensorboard")
 # Settings that may differ when a run goes on: they cannot change its result.
 FREE_SETTINGS = {
     *("out", "device", "micro_batch_size", "resume", "save_every", "keep", "override", "arms"),
-    *("max_skipped", "shard", "timeout", "gradient_checkpointing", "track"),
+    *("max_skipped", "shard", "timeout", "gradient_checkpointing", "track", "sample_batch_size"),
+    *("sort_by_length", "trust_programs"),
 }
 held_locks = []  # locks on run folders, held until this process ends
 
@@ -466,8 +469,8 @@ held_locks = []  # locks on run folders, held until this process ends
 class TrainingState(Stateful):
     """What a checkpoint holds of models, optimizers and random generators.
 
-    torch.distributed.checkpoint asks for `state_dict` when it saves, and again when it loads: for
-    tensors of the right shapes, which it fills, and hands to `load_state_dict`.
+    torch.distributed.checkpoint calls `state_dict` to save. To load, it calls `state_dict` again,
+    fills these tensors from the files, and hands them to `load_state_dict`.
     """
 
     def __init__(self, models, optimizers):
@@ -527,8 +530,8 @@ class Run:
     def begin(self):
         """Go on from the newest complete checkpoint (--resume auto), or start anew.
 
-        Only from here on is anything in the folder changed: what a former run left behind the
-        step at which this one begins is cut off.
+        Only from here on is anything in the folder changed: what an earlier run has logged of
+        later steps is cut off.
         """
         self.last = find_checkpoint(self.cfg, self.out)
         if self.last:
@@ -626,9 +629,9 @@ class Run:
         self.store("write bad_batch.json", write_json, path, {"step": step, "batch": gather(batch)})
         self.bar.close()
         fail_together(
-            f"the loss is no longer finite: lower --lr (or --critic_lr); {self.cfg.max_skipped} "
-            f"steps in a row were skipped, the last batch is in {path}, "
-            f"the last checkpoint is {self.last}"
+            f"the loss is no longer finite: look at the last batch in {path}, or go on from "
+            f"{self.last} with a lower --lr (or --critic_lr), --resume auto and --override; "
+            f"{self.cfg.max_skipped} steps in a row were skipped"
         )
 
     def append(self, name, rows):
@@ -652,7 +655,7 @@ class Run:
 
     def storage_failed(self, what, error):
         """End the program with one line: what failed, why, and what there is to go on from."""
-        self.bar.close()  # or the error would stand behind it in the same line
+        self.bar.close()  # or the error would be printed on the same line
         on_rank0(remove_leftovers, self.folder)
         last = self.last or "(none yet)"
         fail_together(
@@ -730,7 +733,7 @@ def complete_checkpoint(out, temporary, final, state, manifest):
 
 
 def remove_old(out, newest, keep):
-    """Remove all checkpoints but the `keep` up to `newest`; those behind it are damaged ones."""
+    """Remove all checkpoints but the last `keep` up to `newest`; any later ones are damaged."""
     saved = checkpoints(out)
     upto = saved[: saved.index(newest) + 1]
     for path in saved:
@@ -931,12 +934,6 @@ def describe(error):
     return str(error)
 
 
-def barrier():
-    """Wait for all ranks."""
-    if world() > 1:
-        dist.barrier()
-
-
 def setup(device="", timeout=600.0):
     """Join the process group if torchrun started us; returns the torch.device of this rank.
 
@@ -1016,7 +1013,7 @@ def make_empty(folder):
 
 
 def remove(path):
-    """Remove a file, or a folder such that a kill in between leaves none that looks complete."""
+    """Remove a file or folder. A folder is renamed first: half of it must not look complete."""
     if path.is_dir():
         path = path.rename(path.with_name(f".tmp-old-{path.name}"))
         shutil.rmtree(path)
@@ -1160,6 +1157,8 @@ def parse(config_class, chapter, argv=None):
         allow_abbrev=False,
     )
     parser.error = fail
+    if "--steps" in argv and "--epochs" not in argv:
+        argv += ["--epochs", "0"]  # what is typed counts, whatever a preset says
     cfg = config_class(**vars(parser.parse_args(default_flags(chapter, argv) + argv)))
     if not cfg.out:
         cfg.out = str(Path("runs") / cfg.task / ("" if chapter == "ma_ppo" else chapter))
@@ -1542,7 +1541,9 @@ class Conventions:
     header: list[int]  # what else stands there, like Qwen 3's empty thoughts: ends the prompt
     has_system: bool  # whether the template has a system role
     control: set[int]  # tokens that no text may turn into
-    newline: list[int]  # tokens of "\n", if a text alone gets a space that it lacks behind others
+    newline: list[
+        int
+    ]  # tokens of "\n", where a text on its own is given a space that it lacks after others
 
 
 def conventions(tokenizer, model=None):
@@ -1596,7 +1597,7 @@ def generation_ends(tokenizer, model=None):
 
 
 def begin_ids(tokenizer):
-    """The ids that a tokenizer puts in front of a text; what it puts behind one is left out."""
+    """The ids that a tokenizer puts in front of a text; what it puts after one is left out."""
     alone = tokenizer("a", add_special_tokens=False).input_ids
     whole = tokenizer("a").input_ids
     for place in range(len(whole)):
@@ -1606,7 +1607,7 @@ def begin_ids(tokenizer):
 
 
 def newline_ids(tokenizer):
-    """The ids of "\\n" if a text alone is tokenized otherwise than behind a newline, else [].
+    """The ids of "\\n" if a text on its own is tokenized otherwise than after a newline, else [].
 
     Llama 2 and Mistral: " blue" alone is "▁ ▁blue", but "▁blue" in the middle of a text.
     """
@@ -1738,7 +1739,7 @@ def in_template(row, tokenizer, cfg):
 def text_ids(texts, tokenizer, newline=()):
     """Texts as tokens, none of which is a control token: a "</s>" that is spelled out is text.
 
-    newline: put in front of each text, and cut off again, so that it is tokenized as behind others.
+    newline: put in front of each text, and cut off again, so that it is tokenized as after others.
     """
     rules = conventions(tokenizer)
     plain = partial(tokenizer, add_special_tokens=False, split_special_tokens=True)
@@ -1956,7 +1957,7 @@ def rows_digest(rows):
 
 
 def read_file(path):
-    """Yield (where, row) for each row behind a path or URL; one that is no JSON is a ValueError."""
+    """Yield (where, row) for each row of a path or URL; one that is no JSON is a ValueError."""
     try:
         for name in downloaded(path):
             with open(name, "rb") as file:  # once only: it may be a pipe
@@ -1967,7 +1968,7 @@ def read_file(path):
 
 
 def downloaded(path):
-    """The files behind `path`: itself; behind a URL, which may hold *, copies of `datasets`."""
+    """The files behind `path`: itself; for a URL, which may hold *, copies of `datasets`."""
     if not path.startswith(("hf://", "http://", "https://")):
         return [path]
     import datasets  # takes a second, and files on disk do not need it
@@ -2460,7 +2461,7 @@ def toy_row(index):
 
 
 def toy_text(sentences):
-    """Sentences as a response: each behind a space and with its full stop."""
+    """Sentences as a response: each after a space and with its full stop."""
     return "".join(f" {sentence}." for sentence in sentences)
 
 

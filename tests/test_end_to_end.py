@@ -160,10 +160,14 @@ def test_samples_are_told_token_by_token(toy):
             assert "".join(row["pieces"]).split() == row["response"].split()
 
 
-def test_the_gold_score_of_a_sample_is_that_of_its_post(toy):
+def test_every_prompt_of_the_toy_has_the_facts_of_its_post(toy):
+    cfg = ma_ppo.parse([*PPO_FLAGS, *toy.stages])
+    prompts = ma_ppo.load_prompts(reward.load_tokenizer(cfg.sft), cfg)
     facts = {row["prompt"]: row["facts"] for row in sft.load_rows("toy")}
-    for row in samples(toy.folder / "fixed"):
-        assert row["gold_score"] == reward.gold_score(facts[row["prompt"]], row["response"])
+    assert [prompt["number"] for prompt in prompts] == list(range(len(prompts)))
+    assert len(prompts) > 100
+    for prompt in prompts:
+        assert prompt["facts"] == facts[prompt["text"]]
 
 
 def test_the_trained_policy_loads_as_any_hugging_face_model_and_differs_from_where_it_started(toy):

@@ -29,6 +29,7 @@ from ma_ppo import (
     macro_gae,
     policy_loss,
     sample,
+    score,
     shaped,
     summary,
     token_gae,
@@ -720,9 +721,20 @@ def test_a_response_without_eos_gets_the_fixed_penalty_and_others_the_reward_mod
     rollout = Rollout(batch, seeds=[[0], [1]], tokens=[[7, 8, 1], [9, 10, 3, 3]], texts=["", ""])
     judge(rollout, models, examples_of(2), tokenizer, cfg)
     alone = sft.make_batch([[4, 5]], [[7, 8, 1]], 0, "cpu")
-    score = reward.last_token_scores(models["reward"], alone)
+    wanted = reward.last_token_scores(models["reward"], alone)
     assert ended(batch, tokenizer).tolist() == [True, False]
-    assert rollout.scores.tolist() == pytest.approx([score.item(), -4.0], abs=1e-5)
+    assert rollout.scores.tolist() == pytest.approx([wanted.item(), -4.0], abs=1e-5)
+
+
+def test_the_gold_score_of_a_toy_response_is_judged_by_the_facts_of_its_own_post():
+    rows = [sft.toy_row(i) for i in range(3)]
+    best = [fact.summary.format(rows[1]["facts"][slot]) for slot, fact in sft.TOY_FACTS.items()]
+    text = sft.toy_text(best)  # states all facts of post 1
+    batch = sft.make_batch([[4]] * 3, [[7, 1]] * 3, 0, "cpu")
+    rollout = Rollout(batch, seeds=[], tokens=[[7, 1]] * 3, texts=[text] * 3)
+    score(rollout, tiny_models(), rows, TOKENS, Config())
+    assert rollout.gold == [reward.gold_score(row["facts"], text) for row in rows]
+    assert rollout.gold[1] == 12 * reward.TOY_GOLD["true"] > max(rollout.gold[0], rollout.gold[2])
 
 
 def test_a_pad_id_that_equals_eos_does_not_count_as_an_ending():

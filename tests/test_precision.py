@@ -7,7 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 import ma_ppo
 import reward
@@ -38,6 +45,21 @@ def gpt2():
     """A model whose layers have dropout, 0.1 by default."""
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=3, n_head=2)).eval()
+
+
+def opt():
+    """A model whose layers themselves have dropout, 0.1 by default."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=40,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        init_std=0.2,
+    )
+    return OPTForCausalLM(config).eval()
 
 
 def batch():
@@ -129,7 +151,7 @@ def test_gradient_checkpointing_computes_every_layer_twice_and_the_same_gradient
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: llama(attention_dropout=0.5), gpt2], ids=["llama", "gpt2"]
+    "make", [lambda: llama(attention_dropout=0.5), gpt2, opt], ids=["llama", "gpt2", "opt"]
 )
 def test_gradient_checkpointing_does_not_switch_dropout_on(make):
     model = make()

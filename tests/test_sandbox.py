@@ -222,6 +222,7 @@ ENDS = {
     "a patched print": "import functools, io, sys\nprint = functools.partial(print, file=open(1, 'w', closefd=False))\nprint('end')",
     "redirect_stdout": "import contextlib, io\nwith contextlib.redirect_stdout(io.StringIO()) as out: print('end')\nprint(out.getvalue())",
     "a child": "import os\nif os.fork() == 0:\n    print('end')\nelse:\n    os.wait()",
+    "a child that stays": "import os, time\nprint('end', flush=True)\nif os.fork() == 0: time.sleep(1000)",
     "main": "def main():\n    print('end')\nif __name__ == '__main__': main()",
     "a dataclass": "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int = 0\nprint('end')",
     "pickle": "import pickle\nclass A: x = 'end'\nprint(pickle.loads(pickle.dumps(A())).x)",
@@ -338,8 +339,8 @@ MALFORMED = {
         "inputs": ["ab"],
         "outputs": [1],
     },
-    "a list of inputs": {"inputs": "1", "outputs": "1"},
-    "list of outputs": {"inputs": ["1"]},
+    "'inputs' must be a list": {"inputs": "1", "outputs": "1"},
+    "'outputs' is missing": {"inputs": ["1"]},
     "name of a function, got 5": {"fn_name": 5, "inputs": [[1]], "outputs": [1]},
     "name of a function, got 'a b'": {"fn_name": "a b", "inputs": [[1]], "outputs": [1]},
     "must be an object": [["1"], ["1"]],
@@ -1008,6 +1009,43 @@ def test_a_program_that_kills_its_server_has_a_runtime_error(way, ways):
         ("runtime error", 0, 3),
         ("ran", 3, 3),
     ]
+
+
+@pytest.mark.parametrize("way", [WAYS[0], "limits"] if os.geteuid() == 0 else WAYS[:1])
+def test_a_program_may_have_a_dozen_processes_and_not_hundreds(way, ways):
+    server = ways(way)
+    program = """
+        import os, signal
+        count = 0
+        while count < 200:
+            try:
+                if os.fork() == 0:
+                    signal.pause()
+                count += 1
+            except OSError:
+                break
+        print(8 <= count < 16)
+    """
+    for _ in range(3):
+        if way == "limits":  # where those that are dying still count
+            server.stop()
+        assert one(textwrap.dedent(program), stdio(("", "True"))) == 1.0
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no /proc")
+def test_a_program_cannot_look_into_its_server_or_write_to_its_pipes(way, ways):
+    ways(way)
+    program = """
+        import os
+        for path in ("fd", "mem", "environ", "maps"):
+            try:
+                path = f"/proc/{os.getppid()}/{path}"
+                print(os.listdir(path) if path.endswith("fd") else open(path, "rb"))
+            except PermissionError:
+                print("no")
+    """
+    assert one(textwrap.dedent(program), stdio(("", "no\n" * 4))) == 1.0
 
 
 @pytest.mark.parametrize("way", WAYS)
