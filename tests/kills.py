@@ -7,7 +7,6 @@ of writing metrics. Weights, optimizer states and samples must be equal bit by b
 the metrics, timings aside.
 """
 
-import contextlib
 import random
 import shutil
 import signal
@@ -85,8 +84,7 @@ def kill_once(driver, chapter, out, flags, function, seconds, rng):
         else:
             driver.start(chapter, out, *flags)
             time.sleep(rng.uniform(0, seconds))
-            with contextlib.suppress(ProcessLookupError):
-                driver.kill(0)
+            driver.kill(0)
         codes = driver.wait()
     assert codes == [-signal.SIGKILL], driver.printed()
 

@@ -80,6 +80,8 @@ class Driver:
     """The process that forks runs, one run at a time."""
 
     def __init__(self):
+        self.pids = []
+        self.codes = []  # of the ranks that have ended, in order
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             cwd=ROOT,
@@ -97,9 +99,10 @@ class Driver:
     def start(self, chapter, out, *flags, ranks=1, at=None, most_bytes=0, port=0):
         """Start a run.
 
-        at: what the last rank meets; most_bytes: that a file may have, 0 for any; port: where the
-        ranks meet, 0 for a free one.
+        at: what the last rank meets; most_bytes: that a file of the last rank may have, 0 for any;
+        port: where the ranks meet, 0 for a free one.
         """
+        self.wait()  # for a run that a test has left behind
         self.log = Path(f"{out}.log")
         self.log.unlink(missing_ok=True)
         job = {
@@ -119,7 +122,8 @@ class Driver:
     def on_ranks(self, count, function, *args):
         """Call a function of a test file on so many ranks, which have joined one process group."""
         with tempfile.TemporaryDirectory() as folder:
-            self.run(f"{function.__module__}.{function.__name__}", folder, *args, ranks=count)
+            name = f"{function.__module__}.{function.__name__}"
+            self.run(name, f"{folder}/ranks", *args, ranks=count)
 
     def wait(self, ranks=None):
         """Wait for the first so many ranks, by default all; -> their exit codes."""
@@ -131,14 +135,13 @@ class Driver:
         """The driver's next line; a run that hangs is killed, and the test fails."""
         ready, _, _ = select.select([self.process.stdout], [], [], PATIENCE)
         if not ready:
-            for pid in self.pids[len(self.codes) :]:
-                os.kill(pid, signal.SIGKILL)
-                self.process.stdout.readline()
+            for rank in range(len(self.codes), len(self.pids)):
+                self.kill(rank)
             raise AssertionError(f"still running after {PATIENCE} s:\n{self.printed()}")
         return self.process.stdout.readline()
 
     def kill(self, rank):
-        """kill -9 a rank that may have ended; not after `wait` has told its exit code."""
+        """kill -9 a rank, if it has not ended yet."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pids[rank], signal.SIGKILL)
 
@@ -201,13 +204,8 @@ def rows(path):
     found = []
     for line in lines:
         row = json.loads(line)
-        found.append(
-            {
-                name: x
-                for name, x in row.items()
-                if not name.startswith(("seconds", "tokens_per_second"))
-            }
-        )
+        timings = ("seconds", "tokens_per_second")
+        found.append({name: x for name, x in row.items() if not name.startswith(timings)})
     return found
 
 

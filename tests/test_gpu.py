@@ -17,7 +17,7 @@ import segment
 import sft
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--steps", "2", "--batch_size", "4", "--micro_batch_size", "2", "--max_response", "16"]
+TINY = ["--steps", "1", "--batch_size", "4", "--micro_batch_size", "2", "--max_response", "8"]
 ARMS = [arm for arm in (*segment.TERMINATIONS, "control", "rloo") if arm != "parsing"]
 
 
@@ -31,7 +31,7 @@ def stages(toy):
 
 
 @pytest.fixture
-def device(monkeypatch):
+def device(monkeypatch, quick_runs):
     """The played device; its tensors cannot be written to files, so that models are not saved."""
     from second_device import Device
 
@@ -52,9 +52,10 @@ def test_a_cpu_tensor_among_those_of_the_device_is_found(device):
 
 
 def test_sft_and_reward_model_train_on_one_device(device, toy, tmp_path):
-    sft.main([*TINY, *device, "--out", str(tmp_path / "sft")])
+    large = ["--micro_batch_size", "64"]
+    sft.main([*TINY, *large, *device, "--out", str(tmp_path / "sft")])
     flags = ["--sft", str(toy.folder / "sft"), "--out", str(tmp_path / "reward")]
-    reward.main([*TINY, *device, *flags])
+    reward.main([*TINY, *large, *device, *flags])
 
 
 def test_all_arms_train_on_one_device(device, stages, tmp_path):
@@ -116,7 +117,7 @@ def test_a_rank_samples_in_one_loop_or_in_as_many_as_it_is_told_and_always_the_s
 
 
 def test_nothing_of_an_arm_is_alive_when_the_next_one_loads_its_models(
-    stages, tmp_path, monkeypatch
+    stages, tmp_path, monkeypatch, quick_runs
 ):
     """Five models of gigabytes each would be in the way of the next five."""
     seen, alive = [], []
