@@ -1326,6 +1326,9 @@ def load_model(auto_class, path):
     auto_class: transformers' AutoModelForCausalLM, or AutoModel for the trunk alone. A LoRA
     adapter, beside the model or alone, is merged into the weights, all of which then learn.
     """
+    no_hub_name = str(path).count("/") > 1 or str(path).startswith((".", "/"))
+    if no_hub_name and not Path(path).exists():
+        fail(f"cannot load a model from {path}: there is no such folder")
     adapter = adapter_of(path)
     options = {"dtype": torch.float32, "output_loading_info": True}
     model, report = load_or_fail(auto_class.from_pretrained, path, **options)
@@ -1333,7 +1336,7 @@ def load_model(auto_class, path):
         missing = sorted(report["missing_keys"])[0]
         fail(f"{path} holds no {auto_class.__name__.removeprefix('AutoModelFor')}: no {missing}")
     if adapter:
-        merge_adapter(model)
+        model = merged(model)
     return model.eval()
 
 
@@ -1349,8 +1352,8 @@ def adapter_of(path):
     return read_json(found)
 
 
-def merge_adapter(model):
-    """Add an adapter's weights to those that it adapts, and take it off."""
+def merged(model):
+    """A plain model whose weights are those of `model` with its adapter added to them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(model.named_modules()):
@@ -1358,8 +1361,10 @@ def merge_adapter(model):
             module.merge()
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())
-    model._hf_peft_config_loaded = False  # or only the adapter would be saved
-    model.requires_grad_(True)
+    plain = type(model)(model.config)  # without what transformers remembers of the adapter
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = getattr(model, "generation_config", None)
+    return plain
 
 
 def load_causal_lm(path, length=0, device="cpu"):
