@@ -629,9 +629,9 @@ class Run:
         self.store("write bad_batch.json", write_json, path, {"step": step, "batch": gather(batch)})
         self.bar.close()
         fail_together(
-            f"the loss is no longer finite: look at the last batch in {path}, or go on from "
-            f"{self.last} with a lower --lr (or --critic_lr), --resume auto and --override; "
-            f"{self.cfg.max_skipped} steps in a row were skipped"
+            f"the loss is no longer finite: lower --lr (or --critic_lr), and go on from "
+            f"{self.last} with --resume auto --override; {self.cfg.max_skipped} steps in a row were skipped, "
+            f"the last batch is in {path}"
         )
 
     def append(self, name, rows):

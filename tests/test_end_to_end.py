@@ -262,6 +262,7 @@ def test_a_script_does_what_its_main_does(scripts, tmp_path):
     assert result(tmp_path) == pytest.approx(result(scripts.folder / "sft"), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_script_that_is_called_wrongly_ends_with_one_line_and_exit_code_2():
     done = python("reward.py", "--steps", 0)
     assert done.returncode == 2

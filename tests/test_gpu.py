@@ -60,7 +60,7 @@ def test_sft_and_reward_model_train_on_one_device(device, toy, tmp_path):
 
 def test_all_arms_train_on_one_device(device, stages, tmp_path):
     flags = [*stages, *TINY, *device, "--out", str(tmp_path), "--top_k", "5", "--top_p", "0.9"]
-    ma_ppo.main([*flags, "--arms", *ARMS, "--sort_by_length"])
+    ma_ppo.main([*flags, "--arms", *ARMS, "--sort_by_length", "--max_response", "4"])
 
 
 @pytest.mark.parametrize("sigma", ["last", "decay", "first"])
