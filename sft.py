@@ -630,8 +630,8 @@ class Run:
         self.bar.close()
         fail_together(
             f"the loss is no longer finite: lower --lr (or --critic_lr), and go on from "
-            f"{self.last} with --resume auto --override; {self.cfg.max_skipped} steps in a row were skipped, "
-            f"the last batch is in {path}"
+            f"{self.last} with --resume auto --override; {self.cfg.max_skipped} steps in a row "
+            f"were skipped, the last batch is in {path}"
         )
 
     def append(self, name, rows):
