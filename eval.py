@@ -11,7 +11,7 @@ baseline's score, and how soon another run gets there:
 
     python eval.py report runs/toy                            # all that follows: runs/toy/report.md
     python eval.py curves --run runs/toy --png curves.png     # while training runs, too
-    python eval.py seeds --run runs/seed* --arms token fixed control
+    python eval.py seeds --run runs/seed* --arms token fixed control      # with paired differences
     python eval.py heatmap --run runs/toy/token runs/toy/fixed --png heatmap.png
     python eval.py score --run runs/toy-code --sft            # held-out pass rates; Appendix A
     python eval.py duel --a runs/toy/fixed --b runs/toy/token --judge rm gold         # Appendix B
@@ -19,7 +19,7 @@ baseline's score, and how soon another run gets there:
 The story: metrics, smoothing, steps to parity, the measures of a run, learning curves, several
 seeds, the credit heatmap, `main`. You may stop reading there.
 Appendix A: samples on held-out prompts (score, bestofn, passk). B: judges and duels.
-C: the frontier of score and KL; the report. D: drawing. E: the command line.
+C: the frontier of score and KL; the report. D: intervals. E: drawing. F: the command line.
 """
 
 import inspect
@@ -204,6 +204,7 @@ MEASURES = {
 ENDS = ["RM score", "gold score", "gold gain (SD)", "KL", "EOS rate"]
 PARITIES = ["RM 50 %", "RM 90 %", "gold 50 %", "gold 90 %"]
 AREAS = ["RM area", "gold area"]
+COMPARED = ["RM score", "gold score", "pass rate", *AREAS, *PARITIES]  # seed by seed
 # The metrics behind the measures and the panels.
 USED = [*SCORES, *PANELS, "gold_score_std", "eos_rate", "seconds"]
 
@@ -236,6 +237,7 @@ def curves(args):
         tables = measures_table(compared, [*ENDS, *PARITIES, *more], how, names)
         tables.append("")
         tables += measures_table(compared, [*PARITIES, *AREAS], "bootstrap", names)
+        tables += ["", *differences(arms, compared, names, args)]
     return still_going(arms) + tables
 
 
@@ -274,10 +276,7 @@ def score_names(arms):
 
 def measures_table(compared, columns, how, names):
     """The lines of a table: a row an arm, a column a measure."""
-    heads = list(columns)
-    if names != SCORES:
-        heads = [head.replace("RM score", names["rm_score"]) for head in heads]
-        heads = [head.replace("RM", "tests") for head in heads]
+    heads = [called(name, names) for name in columns]
     rows = []
     for arm, seeds in compared.items():
         cells = [spread([found[name] for found in seeds], how) for name in columns]
@@ -285,8 +284,30 @@ def measures_table(compared, columns, how, names):
     return table(["arm", *heads], rows)
 
 
+def called(name, names):
+    """What a measure is called where unit tests take the RM's place."""
+    if names == SCORES:
+        return name
+    return name.replace("RM score", names["rm_score"]).replace("RM", "tests")
+
+
 # Several seeds. Every seed of an arm is compared with the *same* seed of the baseline: both have
-# started from the same models and read the same prompts, so what the seed brings cancels out.
+# started from the same models and read the same prompts, so what the seed brings cancels out. That
+# is why the differences, d = arm - baseline of each seed, say more than two ranges side by side:
+#
+#     seed                  0      1      2      3      4
+#     token               3.9    4.6    5.1    4.2    4.4
+#     fixed               4.3    5.1    5.4    4.8    4.7     the ranges overlap,
+#     d                    .4     .5     .3     .6     .3     but every seed says the same
+#
+#     mean d = .42, and an interval, .26 to .58, that holds the effect in 95 of 100 such studies
+#     p: if the arm changed nothing, each d could as well have had the other sign. Of the 2^5
+#        choices of signs, 2 have a sum as far from 0 as the one found: p = 2 / 32 = .06, the least
+#
+# No difference found is none shown: with two noisy seeds nothing ever differs. To say that two arms
+# are *equivalent*, the whole interval must lie within a margin, and one that was stated beforehand.
+
+ENOUGH_SEEDS = 8  # of 5 seeds that all agree, p is .06; of 8, .008
 
 
 def compare(arms):
@@ -316,6 +337,88 @@ def spread(values, how="range"):
     return f"{median(ordered):.2f} ({ordered[0]:.2f} to {ordered[-1]:.2f})"
 
 
+def differences(arms, compared, names, args):
+    """A line of plain words for each arm and measure: how it differs from --versus."""
+    versus = args.versus or next(iter(arms))
+    if versus not in arms:
+        fail(f"--versus must be among {', '.join(arms)}, got {versus!r}")
+    count = len(arms[versus])
+    lines = [few_seeds(count)] if count < ENOUGH_SEEDS else []
+    for arm in arms:
+        for name in COMPARED:
+            values = [measured[name] for measured in compared[arm]]
+            others = [measured[name] for measured in compared[versus]]
+            if arm == versus or set(values) == {None}:
+                continue
+            what = f"{arm} - {versus}, {called(name, names)}"
+            margin = margin_of(name, arms[versus].values(), others, args)
+            lines.append(f"{what}: {in_words(values, others, margin)}")
+    return lines
+
+
+def in_words(values, others, margin):
+    """One measure of an arm against that of the baseline, a value a seed.
+
+    >>> in_words([4.3, 5.1, 5.4, 4.8, 4.7], [3.9, 4.6, 5.1, 4.2, 4.4], margin=0.2)
+    '+0.42 (95 % 0.26 to 0.58, p = .062, 5 seeds): different'
+    """
+    pairs = list(zip(values, others, strict=True))
+    missing = sum(None in pair for pair in pairs)
+    if missing:
+        return f"not reached in {missing} of {len(pairs)} seeds"
+    found = paired_difference([value - other for value, other in pairs])
+    interval = f"95 % {found.low:.2f} to {found.high:.2f}"
+    numbers = f"{found.mean:+.2f} ({interval}, p = {plain_p(found.p)}, {len(pairs)} seeds)"
+    return f"{numbers}: {verdict(found, margin)}"
+
+
+class Difference(NamedTuple):
+    """Between two arms, over seeds."""
+
+    mean: float
+    low: float  # edges of the mean's 95 % interval
+    high: float
+    p: float
+
+
+def paired_difference(d):
+    """The differences of the seeds, as a list of numbers -> Difference."""
+    mean = fmean(d)
+    # Student's t: as if normal, but wider, for the spread itself is estimated from a few seeds.
+    reach = t_quantile(len(d) - 1) * stdev(d) / math.sqrt(len(d))
+    return Difference(mean, mean - reach, mean + reach, sign_flip_p(d))
+
+
+def sign_flip_p(d):
+    """The share of all choices of signs whose sum is at least as far from 0 as that of d itself.
+
+    Of more than 16 differences, 2^16 choices by lot stand for all.
+
+    >>> sign_flip_p([1.0, 2.0, 4.0])  # 7 and -7, of the 8 sums
+    0.25
+    """
+    count = len(d)
+    if count <= 16:
+        number = np.arange(2**count)[:, None]  # [2^n, 1], whose binary digits are the signs
+        flipped = number >> np.arange(count) & 1  # [2^n, n]
+    else:
+        flipped = np.random.default_rng(0).integers(2, size=(2**16, count))  # [2^16, n]
+        flipped[0] = 0  # the choice that was found is one of them
+    sums = np.abs((1 - 2 * flipped) @ np.asarray(d, dtype=float))  # [2^n]
+    rounding = 1e-9 * np.abs(d).sum()
+    return float(np.mean(sums >= sums[0] - rounding))
+
+
+def verdict(found, margin):
+    """What a Difference lets one say.  margin: how large a difference counts as none."""
+    different = found.low > 0 or found.high < 0
+    equivalent = -margin < found.low and found.high < margin
+    if equivalent:
+        small = f"equivalent within ±{margin:.2f}"
+        return f"{small}, though different" if different else small
+    return "different" if different else f"cannot tell (margin ±{margin:.2f})"
+
+
 # The credit heatmap: who is praised for the score?
 
 
@@ -343,7 +446,7 @@ def heatmap(args):
     samples = [read_sample(run, args.step, args.sample) for run in find_runs(args.run)]
     # One scale for all arms, or else a pale picture and a vivid one could mean the same.
     limit = max(abs(a) for sample in samples for a in sample["advantages"]) or 1.0
-    layouts = [lay_out(sample["pieces"]) for sample in samples]  # drawing: Appendix D
+    layouts = [lay_out(sample["pieces"]) for sample in samples]  # drawing: Appendix E
     canvas, axes = heatmap_axes(layouts)
     for sample, cells, (above, below) in zip(samples, layouts, axes, strict=True):
         draw_credit(above, sample, cells, limit)
@@ -354,7 +457,7 @@ def heatmap(args):
 
 def main(argv=None):
     """Run the subcommand named on the command line, and print its table."""
-    command, args = parse(argv)  # Appendix E, with COMMANDS: {name: function(args) -> lines}
+    command, args = parse(argv)  # Appendix F, with COMMANDS: {name: function(args) -> lines}
     sft.setup(args.device)  # under torchrun: the ranks meet, to share the sampling
     try:
         lines = COMMANDS[command](args)
@@ -1117,7 +1220,103 @@ def report_parts(runs, args):
     return parts
 
 
-# Appendix D. Finding runs, and drawing
+# Appendix D. Intervals
+#
+# A number without an interval is an anecdote. Over prompts, the values themselves are drawn anew
+# (bootstrap); over a few seeds, that would be too narrow, and Student's t is used.
+
+
+RESAMPLES = 2000
+
+
+def bootstrap(values, statistic=np.mean):
+    """A statistic and its 95 % interval -> (value, low, high); (None,) of no values.
+
+    The values are drawn anew, with replacement, 2,000 times; the interval holds the middle 95 % of
+    the 2,000 statistics (percentile bootstrap). Of a handful of values it is too narrow.
+    """
+    if not len(values):
+        return (None,)
+    values = np.asarray(values, dtype=float)  # [N]
+    picks = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    found = np.sort(statistic(values[picks], axis=1))  # [RESAMPLES]
+    edge = RESAMPLES // 40  # a fortieth, 2.5 %, on either side
+    return float(statistic(values, axis=0)), float(found[edge]), float(found[-edge - 1])
+
+
+def cell(x, low=None, high=None):
+    """A number, with its interval if there is one, as text."""
+    if x is None:
+        return "–"
+    return f"{x:.2f}" if low is None else f"{x:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def t_quantile(freedom, within=0.95):
+    """How far Student's t strays from 0 with probability `within`, on either side together.
+
+    freedom: degrees of freedom, the number of values less 1.
+
+    >>> round(t_quantile(9), 3)  # ten seeds; a normal distribution would have 1.96
+    2.262
+    """
+    low, high = 0.0, 1.0
+    while t_probability(high, freedom) < within:
+        high *= 2
+    for _ in range(100):  # halve the interval that holds it
+        middle = (low + high) / 2
+        if t_probability(middle, freedom) < within:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def t_probability(t, freedom):
+    """P(|T| < t) of Student's t with an integer number of degrees of freedom.
+
+    A finite sum over powers of cos θ, with tan θ = t / √freedom (Abramowitz and Stegun, 26.7.3-4).
+    """
+    theta = math.atan(t / math.sqrt(freedom))
+    cos, sin = math.cos(theta), math.sin(theta)
+    odd = freedom % 2
+    term = cos if odd else 1.0
+    total = 0.0
+    for power in range(2 + odd, freedom + 1, 2):
+        total += term
+        term *= cos * cos * (power - 1) / power
+    if odd:
+        return (theta + sin * total) * 2 / math.pi
+    return sin * total
+
+
+def margin_of(name, baseline, values, args):
+    """How large a difference counts as none.
+
+    Of a score: --margin's share of the spread of the SFT model's samples, which is that of step 0.
+    Of everything else: its share of the baseline's own value.
+    baseline: the runs of the baseline, a list of rows each; values: its measure, one a seed.
+    """
+    of_spread, of_value = args.margin
+    key = {"RM score": "rm_score_std", "gold score": "gold_score_std"}.get(name)
+    spreads = [rows[0].get(key) for rows in baseline]
+    if key and None not in spreads:
+        return of_spread * fmean(spreads)
+    known = [value for value in values if value is not None]
+    return of_value * abs(fmean(known)) if known else 0.0
+
+
+def few_seeds(count):
+    """A warning: of few seeds even differences that all agree may be chance."""
+    least = plain_p(2 / 2**count)
+    return f"warning: fewer than {ENOUGH_SEEDS} seeds: with {count}, p cannot be below {least}"
+
+
+def plain_p(p):
+    """A probability as text: .002"""
+    return f"{p:.3f}".removeprefix("0")
+
+
+# Appendix E. Finding runs, and drawing
 #
 # Where runs lie, and how pictures are laid out, has nothing to say about the method. Sizes are such
 # that a picture can be read at 900 pixels, the width of a README.
@@ -1195,31 +1394,6 @@ def read_config(folder, args):
     known = vars(ma_ppo.Config())
     cfg = ma_ppo.Config(**{name: value for name, value in found.items() if name in known})
     return replace(cfg, micro_batch_size=args.micro_batch_size or cfg.micro_batch_size)
-
-
-RESAMPLES = 2000
-
-
-def bootstrap(values, statistic=np.mean):
-    """A statistic and its 95 % interval -> (value, low, high); (None,) of no values.
-
-    The values are drawn anew, with replacement, 2,000 times; the interval holds the middle 95 % of
-    the 2,000 statistics (percentile bootstrap). Of a handful of values it is too narrow.
-    """
-    if not len(values):
-        return (None,)
-    values = np.asarray(values, dtype=float)  # [N]
-    picks = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    found = np.sort(statistic(values[picks], axis=1))  # [RESAMPLES]
-    edge = RESAMPLES // 40  # a fortieth, 2.5 %, on either side
-    return float(statistic(values, axis=0)), float(found[edge]), float(found[-edge - 1])
-
-
-def cell(x, low=None, high=None):
-    """A number, with its interval if there is one, as text."""
-    if x is None:
-        return "–"
-    return f"{x:.2f}" if low is None else f"{x:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def table(heads, rows):
@@ -1378,7 +1552,7 @@ def draw_values(ax, sample):
     ax.legend(loc="upper left", ncols=2, frameon=False, fontsize=12)
 
 
-# Appendix E. The command line
+# Appendix F. The command line
 #
 # One set of options for all subcommands. A new subcommand is a function(args) -> lines of text, and
 # an entry in COMMANDS.
@@ -1391,6 +1565,12 @@ class Options:
     run: list[str] = opt([], "run folders of ma_ppo.py, or --out folders that hold one per arm")
     arms: list[str] = opt([], "curves, frontier: only these arms, the first one the baseline")
     mean: bool = opt(False, "curves, over seeds: mean ± standard deviation, not median (range)")
+    versus: str = opt("", "curves, over seeds: the arm to compare others with; empty: the first")
+    margin: list[float] = opt(
+        [0.25, 0.1],
+        "curves, over seeds: differences that count as none, in standard deviations of the SFT "
+        "model's samples for scores, and as a share of the baseline for areas and steps",
+    )
     png: str = opt("", "curves, frontier, bestofn, heatmap: picture to write")
     prompts: int = opt(128, "held-out prompts to sample, the first ones")
     samples: int = opt(1, "score, passk: samples of each prompt")
@@ -1451,6 +1631,8 @@ def check(command, args):
     least = min(args.prompts, args.samples, *args.n, *args.k)
     if least < 1:
         fail(f"--prompts, --samples, --n and --k must be at least 1, got {least}")
+    if len(args.margin) != 2 or not all(0 <= share < math.inf for share in args.margin):
+        fail(f"--margin must be two numbers of 0 or more, got {args.margin}")
     if not all(0 <= t < math.inf for t in args.temperature):
         fail(f"--temperature must be 0 or more, got {args.temperature}")
     ranks = int(os.environ.get("WORLD_SIZE", 1))  # the device is checked as for training
