@@ -15,11 +15,13 @@ baseline's score, and how soon another run gets there:
     python eval.py heatmap --run runs/toy/token runs/toy/fixed --png heatmap.png
     python eval.py score --run runs/toy-code --sft            # held-out pass rates; Appendix A
     python eval.py duel --a runs/toy/fixed --b runs/toy/token --judge rm gold         # Appendix B
+    python eval.py horizon --run runs/toy runs/lam1 --png horizon.png                 # Appendix D
 
 The story: metrics, smoothing, steps to parity, the measures of a run, learning curves, several
 seeds, the credit heatmap, `main`. You may stop reading there.
 Appendix A: samples on held-out prompts (score, bestofn, passk). B: judges and duels.
-C: the frontier of score and KL; the report. D: intervals. E: drawing. F: the command line.
+C: credit against the truth. D: the horizon. E: the frontier of score and KL; the report.
+F: intervals. G: drawing. H: the command line.
 """
 
 import inspect
@@ -446,7 +448,7 @@ def heatmap(args):
     samples = [read_sample(run, args.step, args.sample) for run in find_runs(args.run)]
     # One scale for all arms, or else a pale picture and a vivid one could mean the same.
     limit = max(abs(a) for sample in samples for a in sample["advantages"]) or 1.0
-    layouts = [lay_out(sample["pieces"]) for sample in samples]  # drawing: Appendix E
+    layouts = [lay_out(sample["pieces"]) for sample in samples]  # drawing: Appendix G
     canvas, axes = heatmap_axes(layouts)
     for sample, cells, (above, below) in zip(samples, layouts, axes, strict=True):
         draw_credit(above, sample, cells, limit)
@@ -457,7 +459,7 @@ def heatmap(args):
 
 def main(argv=None):
     """Run the subcommand named on the command line, and print its table."""
-    command, args = parse(argv)  # Appendix F, with COMMANDS: {name: function(args) -> lines}
+    command, args = parse(argv)  # Appendix H, with COMMANDS: {name: function(args) -> lines}
     sft.setup(args.device)  # under torchrun: the ranks meet, to share the sampling
     try:
         lines = COMMANDS[command](args)
@@ -1140,7 +1142,127 @@ def agreement(ours, theirs):
     return Agreement(len(both), equal, (equal - chance) / (1 - chance) if chance < 1 else None)
 
 
-# Appendix C. The frontier of score and KL, and the report
+# Appendix D. The horizon
+#
+# News of the score reaches an early token through the decisions in between, each of which passes a
+# share λ of it on. Macro actions make these decisions fewer, a larger λ makes the share larger. If
+# that is all that macro actions do, n and λ matter together only, as the tokens that credit spans:
+#
+#     effective horizon    H = n / (1 - λ)     tokens, n the tokens in a macro action
+#
+# Then runs of equal H learn equally fast, and in the picture all colours lie on one line.
+
+
+class Reach(NamedTuple):
+    """How far the credit of a run spans."""
+
+    kind: str  # its colour in the picture
+    lam: float  # per action
+    horizon: float  # tokens; infinite for λ = 1
+
+
+class Learned(NamedTuple):
+    """What a run has learned, and how fast."""
+
+    horizon: float
+    area: float  # mean RM score of all steps
+    steps: int  # to half of the gain of the first run of its seed; None: never
+    explained: float  # mean explained variance of the critic, None where there is none
+
+
+def horizon(args):
+    """Learning speed against the effective horizon H = n / (1 - λ), in tokens; λ = 1 stands at ∞.
+
+    `control` is token level, n = 1, with its own λ^(1/n). Where a macro action's length is not
+    set but found (whole, random, ...), n is its mean. Half of the gain: of the first run named that
+    has the same seed. Median (range) over seeds; the picture has means and ranges.
+    """
+    starts = {}  # {seed: rows of its first run}
+    groups = {}  # {(kind, λ): a Learned of each seed}
+    for run in find_runs(args.run):
+        rows = read_metrics(run)
+        baseline = starts.setdefault(read_settings(run).get("seed"), rows)
+        reach = reach_of(run, rows)
+        found = what_was_learned(rows, baseline, reach.horizon)
+        groups.setdefault((reach.kind, round(reach.lam, 6)), []).append(found)
+    finite = [found.horizon for seeds in groups.values() for found in seeds]
+    edge = 4 * max((x for x in finite if x < math.inf), default=1.0)  # where ∞ is drawn
+    panels = []
+    for key, label in {"area": "mean RM score", "steps": "steps to half of the gain"}.items():
+        lines = horizon_lines(groups, key, edge)
+        panels.append(Panel(label, "effective horizon H, tokens", lines, edge))
+    plot(args.png, panels, "macro actions")
+    return horizon_table(groups)
+
+
+def reach_of(run, rows):
+    """The `Reach` of a run, by its config.json."""
+    settings = read_settings(run)
+    lam, n = settings.get("lam"), settings.get("n")
+    if lam is None or n is None:
+        fail(f"{run}: config.json is missing, or has no lam and n: not a run of ma_ppo.py")
+    arm = settings.get("arm", run.name)
+    kind = arm
+    if arm in ("token", "control"):
+        lam = lam ** (1 / n) if arm == "control" else lam
+        kind, n = "n = 1", 1
+    elif arm == "fixed":
+        kind = f"n = {n}"
+    elif arm == "rloo":  # every token is credited with the whole return
+        lam = 1.0
+    else:
+        n = area(rows, "macro_length")
+    return Reach(kind, lam, n / (1 - lam) if lam < 1 else math.inf)
+
+
+def what_was_learned(rows, baseline, tokens):
+    """The measures of one run.  baseline: the rows of its seed's first run; tokens: its horizon."""
+    scores = column(baseline, "rm_score")
+    gain = smooth(scores)[-1] - scores[0]
+    steps = first_step(smooth(column(rows, "rm_score")), scores[0] + gain / 2)
+    return Learned(tokens, area(rows, "rm_score"), steps, area(rows, "explained_variance"))
+
+
+def in_order(groups):
+    """The items of `groups` by kind, n before names, and by horizon."""
+
+    def place(item):
+        (kind, _), seeds = item
+        n = int(kind[4:]) if kind.startswith("n = ") else math.inf
+        return n, kind, fmean(found.horizon for found in seeds)
+
+    return sorted(groups.items(), key=place)
+
+
+def horizon_lines(groups, key, edge):
+    """A line for each kind of macro action, a point for each λ."""
+    lines = []
+    for kind, items in groupby(in_order(groups), lambda item: item[0][0]):
+        points = []
+        for _, seeds in items:
+            x = min(edge, fmean(found.horizon for found in seeds))
+            values = [getattr(found, key) for found in seeds]
+            if None not in values:  # a target that was never reached has no place in the picture
+                points.append((x, fmean(values), min(values), max(values)))
+        if points:
+            lines.append(Line(kind, *zip(*points, strict=True), marker="o-"))
+    return lines
+
+
+def horizon_table(groups):
+    """A row for each kind of macro action and λ."""
+    rows = []
+    for (kind, lam), seeds in in_order(groups):
+        tokens = fmean(found.horizon for found in seeds)
+        cells = [kind, f"{lam:.3f}", f"{tokens:.0f}" if tokens < math.inf else "∞", str(len(seeds))]
+        cells += [spread([found.area for found in seeds]), spread([found.steps for found in seeds])]
+        explained = [found.explained for found in seeds]
+        rows.append([*cells, "–" if None in explained else spread(explained)])
+    heads = ["macro actions", "λ", "H, tokens", "seeds", "mean RM score"]
+    return table([*heads, "steps to half", "explained variance"], rows)
+
+
+# Appendix E. The frontier of score and KL, and the report
 #
 # A score can be bought with KL, by moving far from the reference. So a higher score at the same KL
 # is better training, and a higher score at more KL may not be. The report runs all of this chapter
@@ -1220,7 +1342,7 @@ def report_parts(runs, args):
     return parts
 
 
-# Appendix D. Intervals
+# Appendix F. Intervals
 #
 # A number without an interval is an anecdote. Over prompts, the values themselves are drawn anew
 # (bootstrap); over a few seeds, that would be too narrow, and Student's t is used.
@@ -1316,7 +1438,7 @@ def plain_p(p):
     return f"{p:.3f}".removeprefix("0")
 
 
-# Appendix E. Finding runs, and drawing
+# Appendix G. Finding runs, and drawing
 #
 # Where runs lie, and how pictures are laid out, has nothing to say about the method. Sizes are such
 # that a picture can be read at 900 pixels, the width of a README.
@@ -1421,6 +1543,7 @@ class Panel(NamedTuple):
     ylabel: str
     xlabel: str
     lines: list
+    infinity: float = 0.0  # with it the x-axis is logarithmic, and there stands ∞
 
 
 def plot(png, panels, legend):
@@ -1434,6 +1557,8 @@ def plot(png, panels, legend):
             for i, line in enumerate(panel.lines):
                 draw_line(ax, line, f"C{i}")
             ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+            if panel.infinity:
+                logarithmic(ax, panel.infinity)
             ax.grid(alpha=0.3)
         axes[0].legend(title=legend, fontsize=11, title_fontsize=11)
         save(canvas, png)
@@ -1443,9 +1568,19 @@ def draw_line(ax, line, color):
     """A curve, over its raw values or its band."""
     if line.raw is not None:
         ax.plot(line.x, line.raw, color=color, alpha=0.25, lw=1)
-    if line.low is not None:
+    if line.low is not None and "o" in line.marker:
+        ax.vlines(line.x, line.low, line.high, color=color, alpha=0.4)  # a bar at each point
+    elif line.low is not None:
         ax.fill_between(line.x, line.low, line.high, color=color, alpha=0.2, lw=0)
     ax.plot(line.x, line.y, line.marker, color=color, lw=2, label=line.label)
+
+
+def logarithmic(ax, infinity):
+    """A logarithmic x-axis that ends in ∞."""
+    ax.set_xscale("log")
+    powers = [10**k for k in range(9) if 10**k < infinity / 3]
+    ax.set_xticks([*powers, infinity], [*map(str, powers), "∞"])
+    ax.minorticks_off()
 
 
 def save(canvas, png):
@@ -1552,7 +1687,7 @@ def draw_values(ax, sample):
     ax.legend(loc="upper left", ncols=2, frameon=False, fontsize=12)
 
 
-# Appendix F. The command line
+# Appendix H. The command line
 #
 # One set of options for all subcommands. A new subcommand is a function(args) -> lines of text, and
 # an entry in COMMANDS.
@@ -1571,7 +1706,7 @@ class Options:
         "curves, over seeds: differences that count as none, in standard deviations of the SFT "
         "model's samples for scores, and as a share of the baseline for areas and steps",
     )
-    png: str = opt("", "curves, frontier, bestofn, heatmap: picture to write")
+    png: str = opt("", "curves, frontier, bestofn, heatmap, horizon: picture to write")
     prompts: int = opt(128, "held-out prompts to sample, the first ones")
     samples: int = opt(1, "score, passk: samples of each prompt")
     temperature: list[float] = opt([], "of sampling; 0: greedy; default: the run's own")
@@ -1601,6 +1736,7 @@ COMMANDS = {
     "passk": passk,
     "duel": duel,
     "heatmap": heatmap,
+    "horizon": horizon,
 }
 
 

@@ -365,6 +365,87 @@ def test_a_wrong_margin_or_baseline_is_one_line_with_exit_code_2(tmp_path, capsy
         assert flags[0] in one_error_line(capsys, "seeds", "--run", *folders, *flags)
 
 
+# The horizon
+
+
+def configured(folder, rows, **settings):
+    """A run with a config.json."""
+    write_run(folder, rows)
+    (folder / "config.json").write_text(json.dumps({"n": 5, "lam": 0.95, "seed": 0} | settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "tokens"),
+    [
+        ({"arm": "token"}, "n = 1", 20),
+        ({"arm": "token", "lam": 0.99}, "n = 1", 100),
+        ({"arm": "fixed"}, "n = 5", 100),
+        ({"arm": "fixed", "n": 2, "lam": 0.9}, "n = 2", 20),
+        ({"arm": "control"}, "n = 1", 1 / (1 - 0.95 ** (1 / 5))),  # 98: nearly that of fixed
+        ({"arm": "control", "n": 1}, "n = 1", 20),
+        ({"arm": "random"}, "random", 80),  # macro_length is 4
+        ({"arm": "whole", "lam": 0.9}, "whole", 40),
+        ({"arm": "fixed", "lam": 1.0}, "n = 5", float("inf")),
+        ({"arm": "rloo"}, "rloo", float("inf")),
+    ],
+)
+def test_the_effective_horizon_of_every_arm(tmp_path, settings, kind, tokens):
+    rows = rows_of([0, 1], macro_length=4.0)
+    reach = chapter5.reach_of(configured(tmp_path / "run", rows, **settings), rows)
+    assert (reach.kind, reach.horizon) == (kind, pytest.approx(tokens))
+
+
+def test_the_horizon_s_table_and_picture_worked_by_hand(tmp_path, capsys, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *a, **k: (figures.append(figure), save(figure, *a, **k))
+    )
+    # token: 0 0 ... 10: half of its gain, 5, is passed at step 7 of the smoothed scores.
+    slow, fast = [0] * 5 + [10] * 10, [0] * 2 + [10] * 13
+    runs = []
+    for seed, shift in enumerate((0, 2)):
+        for name, scores in {
+            "token": slow,
+            "fixed": fast,
+            "control": fast,
+            "never": [0] * 15,
+        }.items():
+            arm = "fixed" if name == "never" else name
+            lam = 1.0 if name == "never" else 0.95
+            rows = rows_of([x + shift for x in scores], explained_variance=-0.25)
+            folder = tmp_path / f"{name}{seed}"
+            runs.append(str(configured(folder, rows, arm=arm, lam=lam, seed=seed)))
+    png = tmp_path / "horizon.png"
+    chapter5.main(["horizon", "--run", *runs, "--png", str(png)])
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    area = [f"{100 / 15 + 1:.2f} ({100 / 15:.2f} to {100 / 15 + 2:.2f})"]
+    fast_area = f"{130 / 15 + 1:.2f} ({130 / 15:.2f} to {130 / 15 + 2:.2f})"
+    ev = "-0.25 (-0.25 to -0.25)"
+    assert [cells_of(line) for line in lines] == [
+        ["n = 1", "0.950", "20", "2", *area, "7.00 (7.00 to 7.00)", ev],
+        ["n = 1", "0.990", "98", "2", fast_area, "3.00 (3.00 to 3.00)", ev],
+        ["n = 5", "0.950", "100", "2", fast_area, "3.00 (3.00 to 3.00)", ev],
+        ["n = 5", "1.000", "∞", "2", "1.00 (0.00 to 2.00)", "–", ev],
+    ]
+    assert png.read_bytes().startswith(b"\x89PNG")
+    areas, steps = figures[0].axes
+    assert [list(line.get_xdata()) for line in areas.lines] == [
+        [pytest.approx(20), pytest.approx(98, abs=0.5)],
+        [pytest.approx(100), pytest.approx(400)],  # ∞ stands at four times the largest
+    ]
+    assert [list(line.get_ydata()) for line in steps.lines] == [[7, 3], [3]]
+    assert [text.get_text() for text in areas.get_xticklabels()][-1] == "∞"
+    assert areas.get_xscale() == "log"
+
+
+def test_a_run_without_settings_has_no_horizon_and_is_one_line(tmp_path, capsys):
+    run = write_run(tmp_path / "token", rows_of([0, 1]))
+    assert run in one_error_line(capsys, "horizon", "--run", run)
+
+
 # The heatmap
 
 SAMPLE = {
