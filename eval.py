@@ -15,6 +15,7 @@ baseline's score, and how soon another run gets there:
     python eval.py heatmap --run runs/toy/token runs/toy/fixed --png heatmap.png
     python eval.py score --run runs/toy-code --sft            # held-out pass rates; Appendix A
     python eval.py duel --a runs/toy/fixed --b runs/toy/token --judge rm gold         # Appendix B
+    python eval.py credit --run runs/toy/fixed --png credit.png                       # Appendix C
     python eval.py horizon --run runs/toy runs/lam1 --png horizon.png                 # Appendix D
 
 The story: metrics, smoothing, steps to parity, the measures of a run, learning curves, several
@@ -635,7 +636,9 @@ def respond(jobs, temperature, models, tokenizer, cfg):
     tokens = sft.encode(jobs, tokenizer, cfg, names)
     examples = [job | ids for job, ids in zip(jobs, tokens, strict=True)]
     if human:
-        rollout = human_rollout(examples, tokenizer, models["policy"].device)
+        prompts = [example["prompt"] for example in examples]
+        responses = [example["response"] for example in examples]
+        rollout = rollout_of(prompts, responses, tokenizer, models["policy"].device)
         kl = [None] * len(jobs)
     else:
         # Log-probabilities are taken at the run's own temperature where sampling is greedy.
@@ -664,10 +667,8 @@ def sample_rows(jobs, rollout, kl, temperature, tokenizer):
     return rows
 
 
-def human_rollout(examples, tokenizer, device):
-    """The human-written responses, in the form of sampled ones."""
-    prompts = [example["prompt"] for example in examples]
-    responses = [example["response"] for example in examples]
+def rollout_of(prompts, responses, tokenizer, device):
+    """Given responses, token lists like the prompts, in the form of sampled ones."""
     return ma_ppo.Rollout(
         batch=sft.make_batch(prompts, responses, tokenizer.pad_token_id, device),
         seeds=[],
@@ -678,10 +679,16 @@ def human_rollout(examples, tokenizer, device):
 
 def response_kl(batch, models, cfg):
     """log π - log π_ref of each response, nats: over samples its mean is the KL.  -> B floats"""
+    logprobs, ref_logprobs = both_logprobs(batch, models, cfg)  # [B, T]
+    return (logprobs - ref_logprobs).sum(1).tolist()
+
+
+def both_logprobs(batch, models, cfg):
+    """log π and log π_ref of the response tokens.  -> two tensors [B, T]"""
     logprobs, _, keep = ma_ppo.token_logprobs(models["policy"], batch, cfg)  # [B, T]
     # The reference chooses among the same tokens: one that it does not allow would cost infinitely.
     ref_logprobs, _, _ = ma_ppo.token_logprobs(models["reference"], batch, cfg, keep)  # [B, T]
-    return (logprobs - ref_logprobs).sum(1).tolist()
+    return logprobs, ref_logprobs
 
 
 HELD_OUT = [*SCORES, "passed", "kl", "length", "ended", "repeated"]
@@ -1140,6 +1147,353 @@ def agreement(ours, theirs):
     equal = fmean(x == y for x, y in both)
     chance = sum(left.count(kind) * right.count(kind) for kind in set(left)) / len(both) ** 2
     return Agreement(len(both), equal, (equal - chance) / (1 - chance) if chance < 1 else None)
+
+
+# Appendix C. Credit against the truth
+#
+# An advantage is a guess: how much better an action was than expected. On a toy the truth can be
+# had, for a small policy can go on from the same place again and again, each time anew:
+#
+#     V*(s_t)    the mean return, from token t on, of k continuations of the text before token t
+#     A*         of an action: its rewards + V*(the text after it) - V*(the text before it)
+#
+# That is delta, one step of surprise, with the truth in the critic's place. It adds up: over all
+# actions of a response the sum is return - V*(s_0). Two things are asked of every estimator. Does
+# it know what *its own actions* were worth? For a whole response that is easy: its return is known,
+# and only V*(s_0) is guessed. And does it know what each *token* was worth? That is what the update
+# asks, which makes every single token likelier or less likely.
+#
+# V* has an error, too. The continuations are split into two halves, which say A1 and A2, with
+# independent errors. In products of one half with the other these cancel on average: the mean of
+# (A - A1) (A - A2) is the squared error without that of the truth, and the covariance of A1 and A2
+# is the variance of A*.
+
+
+class Estimator(NamedTuple):
+    """A way to guess advantages."""
+
+    name: str
+    arm: str
+    changes: dict  # what its settings are, other than those of the run
+
+
+ESTIMATORS = [
+    Estimator("token", "token", {}),
+    Estimator("token, λ = 1", "token", {"lam": 1.0}),
+    Estimator("control", "control", {}),
+    Estimator("fixed, σ = equal", "fixed", {"sigma": "equal"}),
+    Estimator("fixed, σ = last", "fixed", {"sigma": "last"}),
+    Estimator("fixed, σ = decay", "fixed", {"sigma": "decay"}),
+    Estimator("fixed, σ = first", "fixed", {"sigma": "first"}),
+    Estimator("whole, σ = equal", "whole", {"sigma": "equal"}),
+    Estimator("whole, σ = first", "whole", {"sigma": "first"}),
+]
+PICTURED = ["token", "token, λ = 1", "control", "fixed, σ = equal", "whole, σ = first"]
+
+
+class Guess(NamedTuple):
+    """What an estimator says of B responses."""
+
+    starts: torch.Tensor  # [B, T] True where its actions begin
+    advantages: torch.Tensor  # [B, T], in units of reward
+
+
+@dataclass
+class Examined:
+    """B responses of one policy, what was guessed about them, and what is true."""
+
+    name: str  # of the run, and the step
+    rollout: ma_ppo.Rollout
+    pieces: list  # what each token of the first response writes
+    rewards: np.ndarray  # [B, T]
+    truth: np.ndarray  # [2, B, T+1], V* by either half of the continuations; 0 behind the end
+    guesses: dict  # {name: Guess}
+
+
+def credit(args):
+    """Estimators of the advantage against the truth by continuations, on the same responses.
+
+    Own actions: correlation with A*, mean error (bias) and root mean squared error, in units of
+    reward, and how far A* itself spreads. Tokens: correlation with the A* of single tokens, which
+    ranks all estimators by one truth. Sampling errors of A* are taken off. In brackets 95 %
+    bootstrap intervals over responses. Row V: the critic's values against V*.
+    """
+    examined = []
+    for run in find_runs(args.run):
+        cfg = replace(read_config(run, args), shard=False)
+        if cfg.gamma != 1:
+            fail(f"{run}: credit is compared at --gamma 1 only, not {cfg.gamma}")
+        examined += [examine(run, step, cfg, args) for step in args.at]
+    if args.png:
+        credit_picture(examined[0], args.png)
+    heads = ["run", "estimator", "actions", "correlation", "bias", "RMSE", "s.d. of A*"]
+    return table([*heads, "correlation, tokens"], [row for one in examined for row in rate(one)])
+
+
+def examine(run, step, cfg, args):
+    """Let the policy of a run after `step` steps respond, guess the credit, and find the truth."""
+    models, tokenizer = models_at(run, step, cfg, args)
+    # The responses that training itself would learn from next.
+    prompts = ma_ppo.load_prompts(tokenizer, cfg)
+    examples = sft.batch_rows(prompts, step, cfg.batch_size, cfg.seed)[: args.responses]
+    examples = [example | {"sample": 0} for example in examples]
+    rollout = ma_ppo.sample(models["policy"], examples, step, tokenizer, cfg)
+    ma_ppo.judge(rollout, models, examples, tokenizer, cfg)
+    logprobs, ref_logprobs, mask = rollout.logprobs, rollout.ref_logprobs, rollout.batch.mask
+    rewards = ma_ppo.token_rewards(rollout.scores, logprobs, ref_logprobs, mask, cfg.beta)  # [B, T]
+    # The first response may be drawn: it gets more continuations than the others.
+    counts = [args.continuations] * len(examples)
+    counts[0] *= 4 if args.png else 1
+    text, offsets = ma_ppo.segment.token_offsets(tokenizer, rollout.tokens[0])
+    return Examined(
+        name=f"{run.name}, step {step}",
+        rollout=rollout,
+        pieces=[text[start:end] for start, end in offsets],
+        rewards=rewards.cpu().double().numpy(),
+        truth=true_values(rollout, examples, counts, models, tokenizer, cfg),
+        guesses=guesses_of(rollout, rewards, tokenizer, cfg),
+    )
+
+
+def models_at(run, step, cfg, args):
+    """{name: model} of a run as they were after `step` steps, and the tokenizer."""
+    arm = read_settings(run).get("arm", run.name)
+    if arm == "rloo":
+        fail(f"{run}: rloo has no critic, whose values the estimators could use")
+    models, optimizers, tokenizer = ma_ppo.load_models(arm, cfg, sft.setup(args.device))
+    if step > 0:
+        folder = run / "checkpoints" / f"step-{step:06d}"
+        damage = sft.damage(folder)
+        if damage:
+            hint = "train with --save_every 20 --keep 99 to have it"
+            fail(f"{run}: no complete checkpoint of step {step} ({damage}); {hint}")
+        sft.load_checkpoint(folder, sft.TrainingState(models, optimizers))
+    return models, tokenizer
+
+
+def guesses_of(rollout, rewards, tokenizer, cfg):
+    """{name: Guess} of all estimators.  rewards: [B, T]"""
+    guesses = {}
+    for estimator in ESTIMATORS:
+        changed = replace(cfg, **estimator.changes)
+        ma_ppo.cut(estimator.arm, rollout, tokenizer, changed)
+        found = ma_ppo.estimate(estimator.arm, rollout, rewards, changed.lam, changed)
+        advantages, _ = found  # [B, T]
+        guesses[estimator.name] = Guess(rollout.starts, advantages)
+    return guesses
+
+
+# The truth.
+
+
+class Job(NamedTuple):
+    """A continuation to be written."""
+
+    response: int  # its number
+    position: int  # the token from which on it is written anew
+    sample: int
+
+
+def true_values(rollout, examples, counts, models, tokenizer, cfg):
+    """V* in front of every token, by either half of the continuations.  -> array [2, B, T+1]
+
+    counts: how many continuations there are from each place of a response, B even numbers.
+    """
+    jobs = []
+    for i, tokens in enumerate(rollout.tokens):
+        for t in range(len(tokens)):
+            jobs += [Job(i, t, sample) for sample in range(counts[i])]
+    jobs.sort(key=lambda job: job.position)  # continuations of similar length are written together
+    mine = jobs[sft.rank() :: sft.world()]
+    parts = sft.micro_slices(len(mine), cfg.micro_batch_size)
+    returns = []
+    for part in tqdm(parts, desc="continuations", disable=sft.rank() != 0):
+        noise = [np.random.default_rng([cfg.seed, *job]) for job in mine[part]]
+        uniforms = torch.tensor(np.array([rng.random(cfg.max_response) for rng in noise]))
+        returns += rewards_to_go(mine[part], uniforms, rollout, examples, models, tokenizer, cfg)
+    B, T = rollout.batch.mask.shape
+    values = np.zeros((2, B, T + 1))
+    for job, value in sft.gather(zip(mine, returns, strict=True)):
+        share = value / (counts[job.response] / 2)
+        values[job.sample % 2, job.response, job.position] += share
+    return values
+
+
+@torch.no_grad()
+def rewards_to_go(jobs, uniforms, rollout, examples, models, tokenizer, cfg):
+    """Write a continuation for each job, and add up its rewards, KL penalty included -> b floats.
+
+    uniforms: [b, max_response], the randomness of each continuation.
+    """
+    chosen = [examples[job.response] for job in jobs]
+    prompts = [example["prompt"] for example in chosen]
+    begun = [rollout.tokens[job.response][: job.position] for job in jobs]
+    # To the policy, what is there already is a longer prompt. Together with it, a response must
+    # not become longer than in training.
+    texts = [prompt + tokens for prompt, tokens in zip(prompts, begun, strict=True)]
+    room = cfg.max_response - min(job.position for job in jobs)
+    written = ma_ppo.generate(models["policy"], texts, uniforms[:, :room], tokenizer, cfg)
+    responses = []
+    for tokens, more in zip(begun, written, strict=True):
+        responses.append((tokens + more)[: cfg.max_response])
+    anew = rollout_of(prompts, responses, tokenizer, models["policy"].device)
+    mask = anew.batch.mask  # [b, T]
+    ma_ppo.score(anew, models, chosen, tokenizer, cfg)
+    logprobs, ref_logprobs = both_logprobs(anew.batch, models, cfg)  # [b, T]
+    rewards = ma_ppo.token_rewards(anew.scores, logprobs, ref_logprobs, mask, cfg.beta)  # [b, T]
+    begins = torch.tensor([job.position for job in jobs], device=mask.device)  # [b]
+    to_go = torch.arange(mask.shape[1], device=mask.device) >= begins[:, None]  # [b, T]
+    return (rewards * to_go).sum(1).tolist()
+
+
+def true_advantages(rewards, values, starts):
+    """A* of each action of one response.
+
+    rewards: [T] numbers; values: V* in front of each token, [..., T+1]; starts: the K places where
+    actions begin. Returns an array [..., K]. In actions of two tokens, with a V* of 1, 4 and 2 in
+    front of them, and 0 at the end:
+
+    >>> true_advantages([0, 1, 0, 0, 3], np.array([1, 9, 4, 9, 2, 0]), [0, 2, 4])
+    array([ 4., -2.,  1.])
+    """
+    edges = np.append(starts, len(rewards))  # [K+1]
+    earned = np.append(0.0, np.cumsum(rewards))[edges]  # [K+1], before each edge
+    return np.diff(earned) + np.diff(values[..., edges])
+
+
+# The comparison.
+
+
+def rate(examined):
+    """The rows of the table: the critic, and every estimator."""
+    lengths = [len(tokens) for tokens in examined.rollout.tokens]
+    values = examined.rollout.values.cpu().double().numpy()  # [B, T]
+    sums = []
+    for i, length in enumerate(lengths):
+        sums.append(moments(values[i, :length], examined.truth[:, i, :length]))
+    rows = [[examined.name, "V", *measure_cells(sums), "–"]]
+    for name, guess in examined.guesses.items():
+        advantages = guess.advantages.cpu().double().numpy()  # [B, T]
+        own, tokens = [], []
+        for i, length in enumerate(lengths):
+            starts = np.flatnonzero(guess.starts[i, :length].cpu())
+            rewards, truth = examined.rewards[i, :length], examined.truth[:, i, : length + 1]
+            own.append(moments(advantages[i, starts], true_advantages(rewards, truth, starts)))
+            each = true_advantages(rewards, truth, range(length))  # [2, length]
+            tokens.append(moments(advantages[i, :length], each))
+        rows.append([examined.name, name, *measure_cells(own)])
+        rows[-1].append(cell(*bootstrap(tokens, correlation)))
+    return rows
+
+
+def measure_cells(sums):
+    """Number of actions, correlation, bias, RMSE and spread of the truth, as text."""
+    count = int(sum(one[0] for one in sums))
+    measures = [correlation, bias, rmse, true_spread]
+    return [str(count), *(cell(*bootstrap(sums, measure)) for measure in measures)]
+
+
+class Moments(NamedTuple):
+    """Sums over actions, of which all measures are made."""
+
+    count: object
+    guess: object
+    truth: object
+    guess_squared: object
+    product: object
+    truth_squared: object
+
+
+def moments(guesses, truths):
+    """The Moments of one response.  guesses: [K]; truths: [2, K], by either half."""
+    first, second = truths  # [K]
+    truth = (first + second) / 2  # [K]
+    return Moments(
+        count=len(guesses),
+        guess=guesses.sum(),
+        truth=truth.sum(),
+        guess_squared=(guesses**2).sum(),
+        product=(guesses * truth).sum(),
+        truth_squared=(first * second).sum(),  # without the square of any error
+    )
+
+
+def means(sums, axis):
+    """The Moments of many responses, averaged over all of their actions.
+
+    sums: [..., responses, ..., 6], added up along `axis`.
+    """
+    total = Moments(*np.moveaxis(np.asarray(sums).sum(axis), -1, 0))
+    return Moments(*(moment / total.count for moment in total))
+
+
+def bias(sums, axis):
+    """Mean error of the guesses."""
+    mean = means(sums, axis)
+    return mean.guess - mean.truth
+
+
+def rmse(sums, axis):
+    """Root mean squared error of the guesses."""
+    mean = means(sums, axis)
+    return np.sqrt(np.maximum(0, mean.guess_squared - 2 * mean.product + mean.truth_squared))
+
+
+def true_spread(sums, axis):
+    """Standard deviation of the truth."""
+    mean = means(sums, axis)
+    return np.sqrt(np.maximum(0, mean.truth_squared - mean.truth**2))
+
+
+def correlation(sums, axis):
+    """Correlation of the guesses with the truth."""
+    mean = means(sums, axis)
+    covariance = mean.product - mean.guess * mean.truth
+    spread = np.sqrt(np.maximum(0, mean.guess_squared - mean.guess**2)) * true_spread(sums, axis)
+    # Where chance hides the truth's spread altogether, the division would be by 0.
+    return np.clip(covariance / np.maximum(spread, 1e-12), -1, 1)
+
+
+def credit_picture(examined, png):
+    """The first response: V* and V of each token, and its text coloured by A* and each guess.
+
+    Colours are advantages as the update uses them: whitened over all responses.
+    """
+    rollout, mask = examined.rollout, examined.rollout.batch.mask
+    truth = Guess(examined.guesses["fixed, σ = equal"].starts, torch.zeros(mask.shape))
+    for i, tokens in enumerate(rollout.tokens):
+        starts = np.flatnonzero(truth.starts[i].cpu())
+        values = examined.truth[:, i, : len(tokens) + 1].mean(0)
+        found = true_advantages(examined.rewards[i, : len(tokens)], values, starts)
+        for start, end, value in zip(starts, [*starts[1:], len(tokens)], found, strict=True):
+            truth.advantages[i, start:end] = value
+    shown = {"truth: A* of macro actions": truth}
+    shown |= {name: examined.guesses[name] for name in PICTURED}
+    samples = []
+    for name, guess in shown.items():
+        seg = ma_ppo.segment.segment_ids(guess.starts, mask)[0]  # [T]
+        advantages = ma_ppo.whiten(guess.advantages.to(mask.device), mask)[0]  # [T]
+        samples.append({"run": name, "seg": seg.tolist(), "advantages": advantages.tolist()})
+    count = len(examined.pieces)
+    limit = max(abs(a) for sample in samples for a in sample["advantages"][:count]) or 1.0
+    cells = lay_out(examined.pieces)
+    heights = [2.2, *[0.3 * (cells[-1].line + 1)] * len(samples)]  # inches
+    canvas = Figure(figsize=(10, sum(heights) + 0.5 * len(heights)), layout="constrained")
+    above, *below = canvas.subplots(len(heights), 1, height_ratios=heights)
+    draw_truth(above, examined.truth[:, 0, :count], rollout.values[0, :count].tolist())
+    for ax, sample in zip(below, samples, strict=True):
+        draw_credit(ax, sample, cells, limit)
+    save(canvas, png)
+
+
+def draw_truth(ax, truth, values):
+    """V* of every token, in a band between the two halves, and the critic's V.  truth: [2, T]"""
+    place = range(truth.shape[1])
+    ax.fill_between(place, *truth, color="C2", alpha=0.3, lw=0)
+    ax.plot(place, truth.mean(0), color="C2", label="V*, by continuations")
+    ax.plot(place, values, color="C0", label="V, the critic's guess")
+    ax.set(xlim=(-0.5, len(values) - 0.5), xlabel="response token", ylabel="return to come")
+    ax.legend(loc="best", ncols=2, frameon=False, fontsize=12)
 
 
 # Appendix D. The horizon
@@ -1706,7 +2060,7 @@ class Options:
         "curves, over seeds: differences that count as none, in standard deviations of the SFT "
         "model's samples for scores, and as a share of the baseline for areas and steps",
     )
-    png: str = opt("", "curves, frontier, bestofn, heatmap, horizon: picture to write")
+    png: str = opt("", "curves, frontier, bestofn, heatmap, credit, horizon: picture to write")
     prompts: int = opt(128, "held-out prompts to sample, the first ones")
     samples: int = opt(1, "score, passk: samples of each prompt")
     temperature: list[float] = opt([], "of sampling; 0: greedy; default: the run's own")
@@ -1720,6 +2074,9 @@ class Options:
     judge_url: str = opt("https://api.openai.com/v1", "llm: endpoint; its key is in OPENAI_API_KEY")
     judge_model: str = opt("", "llm: model")
     judge_temperature: str = opt("0", "llm: temperature; none: do not send one")
+    at: list[int] = opt([0], "credit: after how many PPO steps; other than 0 needs checkpoints")
+    responses: int = opt(16, "credit: number of responses")
+    continuations: int = opt(4, "credit: continuations from each place, an even number")
     step: int = opt(0, "heatmap: PPO step; at 0 all arms have sampled the same")
     sample: int = opt(0, "heatmap: which sample of that step")
     device: str = opt("", "cpu, cuda, ...; empty: cuda where there is one")
@@ -1736,6 +2093,7 @@ COMMANDS = {
     "passk": passk,
     "duel": duel,
     "heatmap": heatmap,
+    "credit": credit,
     "horizon": horizon,
 }
 
@@ -1769,6 +2127,11 @@ def check(command, args):
         fail(f"--prompts, --samples, --n and --k must be at least 1, got {least}")
     if len(args.margin) != 2 or not all(0 <= share < math.inf for share in args.margin):
         fail(f"--margin must be two numbers of 0 or more, got {args.margin}")
+    if args.responses < 2 or args.continuations < 2 or args.continuations % 2:
+        both = f"{args.responses} and {args.continuations}"
+        fail(f"--responses must be 2 or more, --continuations even and 2 or more, got {both}")
+    if min(args.at, default=-1) < 0:
+        fail(f"--at must be steps, 0 or more, got {args.at}")
     if not all(0 <= t < math.inf for t in args.temperature):
         fail(f"--temperature must be 0 or more, got {args.temperature}")
     ranks = int(os.environ.get("WORLD_SIZE", 1))  # the device is checked as for training
