@@ -203,6 +203,7 @@ MEASURES = {
     "RM area": lambda baseline, rows: area(rows, "rm_score"),
     "gold area": lambda baseline, rows: area(rows, "gold_score"),
     "pass rate": lambda baseline, rows: at_end(rows, "pass_rate"),
+    "explained variance": lambda baseline, rows: area(rows, "explained_variance"),
 }
 ENDS = ["RM score", "gold score", "gold gain (SD)", "KL", "EOS rate"]
 PARITIES = ["RM 50 %", "RM 90 %", "gold 50 %", "gold 90 %"]
@@ -348,13 +349,20 @@ def differences(arms, compared, names, args):
     count = len(arms[versus])
     lines = [few_seeds(count)] if count < ENOUGH_SEEDS else []
     for arm in arms:
-        for name in COMPARED:
-            values = [measured[name] for measured in compared[arm]]
-            others = [measured[name] for measured in compared[versus]]
-            if arm == versus or set(values) == {None}:
-                continue
-            what = f"{arm} - {versus}, {called(name, names)}"
+        if arm != versus:
+            lines += pair_lines(arm, versus, arms, compared, names, args)
+    return lines
+
+
+def pair_lines(arm, versus, arms, compared, names, args):
+    """The lines of one arm and one baseline; measures that the task does not have are left out."""
+    lines = []
+    for name in COMPARED:
+        values = [measured[name] for measured in compared[arm]]
+        others = [measured[name] for measured in compared[versus]]
+        if set(values) != {None}:
             margin = margin_of(name, arms[versus].values(), others, args)
+            what = f"{arm} - {versus}, {called(name, names)}"
             lines.append(f"{what}: {in_words(values, others, margin)}")
     return lines
 
@@ -1216,7 +1224,11 @@ def credit(args):
     Own actions: correlation with A*, mean error (bias) and root mean squared error, in units of
     reward, and how far A* itself spreads. Tokens: correlation with the A* of single tokens, which
     ranks all estimators by one truth. Sampling errors of A* are taken off. In brackets 95 %
-    bootstrap intervals over responses. Row V: the critic's values against V*.
+    bootstrap intervals over responses.
+
+    Two rows are about V*. "V": the critic's values. "return": the return that really came, of one
+    response each. The square of its correlation is the explained variance of V* itself, beyond
+    which no critic can get: the rest is luck.
     """
     examined = []
     for run in find_runs(args.run):
@@ -1365,13 +1377,16 @@ def true_advantages(rewards, values, starts):
 
 
 def rate(examined):
-    """The rows of the table: the critic, and every estimator."""
+    """The rows of the table: two about V*, and one for every estimator."""
     lengths = [len(tokens) for tokens in examined.rollout.tokens]
     values = examined.rollout.values.cpu().double().numpy()  # [B, T]
-    sums = []
+    sums, sums_of_returns = [], []
     for i, length in enumerate(lengths):
         sums.append(moments(values[i, :length], examined.truth[:, i, :length]))
+        returns = examined.rewards[i, :length][::-1].cumsum()[::-1]  # [length], that really came
+        sums_of_returns.append(moments(returns, examined.truth[:, i, :length]))
     rows = [[examined.name, "V", *measure_cells(sums), "–"]]
+    rows.append([examined.name, "return", *measure_cells(sums_of_returns), "–"])
     for name, guess in examined.guesses.items():
         advantages = guess.advantages.cpu().double().numpy()  # [B, T]
         own, tokens = [], []

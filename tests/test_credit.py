@@ -284,15 +284,15 @@ def test_credit_compares_every_estimator_at_every_step(run, tmp_path, capsys):
     chapter5.main(["credit", "--run", str(run), "--png", str(png), *size])
     _, _, *lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    names = ["V", *(estimator.name for estimator in chapter5.ESTIMATORS)]
+    names = ["V", "return", *(estimator.name for estimator in chapter5.ESTIMATORS)]
     assert [row[:2] for row in rows] == [
         [f"fixed, step {step}", name] for step in (0, 2) for name in names
     ]
-    actions = {row[1]: int(row[2]) for row in rows[:10]}
+    actions = {row[1]: int(row[2]) for row in rows[:11]}
     assert actions["whole, σ = first"] == 3  # one a response
-    assert actions["token"] == actions["control"] == actions["V"]
+    assert actions["token"] == actions["control"] == actions["V"] == actions["return"]
     assert actions["fixed, σ = last"] >= actions["token"] / 4
-    assert rows[1][3:] != rows[11][3:]  # the policy and the critic have learned
+    assert rows[2][3:] != rows[13][3:]  # the policy and the critic have learned
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
