@@ -1173,8 +1173,12 @@ def agreement(ours, theirs):
 #
 # V* has an error, too. The continuations are split into two halves, which say A1 and A2, with
 # independent errors. In products of one half with the other these cancel on average: the mean of
-# (A - A1) (A - A2) is the squared error without that of the truth, and the covariance of A1 and A2
-# is the variance of A*.
+# (A - A1) (A - A2) is the squared error without that of the truth.
+#
+# How far does A* itself spread? Every A* is a surprise: 0 on average, whatever came before. So the
+# surprises of a response are uncorrelated, and the mean of the sum of their squares is that of the
+# square of their sum, return - V*(s_0), in which V* stands only once. Of single tokens, whose A*
+# is far smaller than the errors of V*, the spread could not be found otherwise.
 
 
 class Estimator(NamedTuple):
@@ -1235,20 +1239,23 @@ def credit(args):
         cfg = replace(read_config(run, args), shard=False)
         if cfg.gamma != 1:
             fail(f"{run}: credit is compared at --gamma 1 only, not {cfg.gamma}")
-        examined += [examine(run, step, cfg, args) for step in args.at]
+        prompts = []  # encoding all of them takes a while, so once a run
+        for step in args.at:
+            models, tokenizer = models_at(run, step, cfg, args)
+            prompts = prompts or ma_ppo.load_prompts(tokenizer, cfg)
+            # The responses that training itself would learn from next.
+            chosen = sft.batch_rows(prompts, step, cfg.batch_size, cfg.seed)[: args.responses]
+            name = f"{run.name}, step {step}"
+            examined.append(examine(name, chosen, step, models, tokenizer, cfg, args))
     if args.png:
         credit_picture(examined[0], args.png)
     heads = ["run", "estimator", "actions", "correlation", "bias", "RMSE", "s.d. of A*"]
     return table([*heads, "correlation, tokens"], [row for one in examined for row in rate(one)])
 
 
-def examine(run, step, cfg, args):
-    """Let the policy of a run after `step` steps respond, guess the credit, and find the truth."""
-    models, tokenizer = models_at(run, step, cfg, args)
-    # The responses that training itself would learn from next.
-    prompts = ma_ppo.load_prompts(tokenizer, cfg)
-    examples = sft.batch_rows(prompts, step, cfg.batch_size, cfg.seed)[: args.responses]
-    examples = [example | {"sample": 0} for example in examples]
+def examine(name, prompts, step, models, tokenizer, cfg, args):
+    """Let the policy respond to some prompts, guess the credit, and find the truth."""
+    examples = [prompt | {"sample": 0} for prompt in prompts]
     rollout = ma_ppo.sample(models["policy"], examples, step, tokenizer, cfg)
     ma_ppo.judge(rollout, models, examples, tokenizer, cfg)
     logprobs, ref_logprobs, mask = rollout.logprobs, rollout.ref_logprobs, rollout.batch.mask
@@ -1258,7 +1265,7 @@ def examine(run, step, cfg, args):
     counts[0] *= 4 if args.png else 1
     text, offsets = ma_ppo.segment.token_offsets(tokenizer, rollout.tokens[0])
     return Examined(
-        name=f"{run.name}, step {step}",
+        name=name,
         rollout=rollout,
         pieces=[text[start:end] for start, end in offsets],
         rewards=rewards.cpu().double().numpy(),
@@ -1393,9 +1400,8 @@ def rate(examined):
         for i, length in enumerate(lengths):
             starts = np.flatnonzero(guess.starts[i, :length].cpu())
             rewards, truth = examined.rewards[i, :length], examined.truth[:, i, : length + 1]
-            own.append(moments(advantages[i, starts], true_advantages(rewards, truth, starts)))
-            each = true_advantages(rewards, truth, range(length))  # [2, length]
-            tokens.append(moments(advantages[i, :length], each))
+            own.append(of_surprises(advantages[i], rewards, truth, starts))
+            tokens.append(of_surprises(advantages[i], rewards, truth, np.arange(length)))
         rows.append([examined.name, name, *measure_cells(own)])
         rows[-1].append(cell(*bootstrap(tokens, correlation)))
     return rows
@@ -1431,6 +1437,16 @@ def moments(guesses, truths):
         product=(guesses * truth).sum(),
         truth_squared=(first * second).sum(),  # without the square of any error
     )
+
+
+def of_surprises(advantages, rewards, values, starts):
+    """The Moments of one response's actions, which begin at `starts`.
+
+    advantages: [T]; rewards: [length]; values: V* by either half, [2, length+1].
+    """
+    truths = true_advantages(rewards, values, starts)  # [2, K]
+    first, second = truths.sum(1)  # return - V*(s_0)
+    return moments(advantages[starts], truths)._replace(truth_squared=first * second)
 
 
 def means(sums, axis):
@@ -1508,7 +1524,8 @@ def draw_truth(ax, truth, values):
     ax.plot(place, truth.mean(0), color="C2", label="V*, by continuations")
     ax.plot(place, values, color="C0", label="V, the critic's guess")
     ax.set(xlim=(-0.5, len(values) - 0.5), xlabel="response token", ylabel="return to come")
-    ax.legend(loc="best", ncols=2, frameon=False, fontsize=12)
+    above = {"loc": "lower right", "bbox_to_anchor": (1, 1)}
+    ax.legend(**above, ncols=2, frameon=False, fontsize=12)
 
 
 # Appendix D. The horizon

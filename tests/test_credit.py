@@ -194,6 +194,24 @@ def test_an_advantage_is_expected_to_be_0_under_the_policy_itself():
         assert mean == pytest.approx(0, abs=1e-9)
 
 
+def test_the_squares_of_the_surprises_of_a_response_add_up_to_that_of_their_sum_on_average():
+    one_by_one = together = total = 0.0
+    for tokens in leaves():
+        T = len(tokens)
+        chances = [MODELS["policy"].probabilities(PROMPT + tokens[:t])[tokens[t]] for t in range(T)]
+        p = np.prod(chances)
+        values = np.array([exact_value(tokens[:t]) for t in range(T + 1)])
+        rewards = np.array([reward_of(tokens, t) for t in range(T)])
+        each = true_advantages(rewards, values, range(T))
+        found = chapter5.of_surprises(np.zeros(T), rewards, np.stack([values, values]), [0, T - 1])
+        assert found.truth_squared == pytest.approx((rewards.sum() - values[0]) ** 2)
+        one_by_one += p * (each**2).sum()
+        together += p * found.truth_squared
+        total += p
+    assert total == pytest.approx(1)
+    assert one_by_one == pytest.approx(together)
+
+
 def test_the_estimators_with_the_true_values_are_as_good_as_theory_says():
     # A critic that knows V*: one step of token_gae (lambda = 0) is A* itself, and so is a whole
     # response with sigma = first. With lambda = 1 the token's credit has the noise of what follows.
@@ -299,7 +317,10 @@ def test_credit_compares_every_estimator_at_every_step(run, tmp_path, capsys):
 def test_at_step_0_the_responses_are_those_that_training_met(run):
     args = chapter5.Options(responses=3, continuations=2)
     cfg = chapter5.read_config(run, args)
-    examined = chapter5.examine(run, 0, cfg, args)
+    models, tokenizer = chapter5.models_at(run, 0, cfg, args)
+    prompts = ma_ppo.load_prompts(tokenizer, cfg)
+    chosen = sft.batch_rows(prompts, 0, cfg.batch_size, cfg.seed)[:3]
+    examined = chapter5.examine("run", chosen, 0, models, tokenizer, cfg, args)
     kept = chapter5.read_rows(run / "samples.jsonl")[:3]
     assert [row["tokens"] for row in kept] == examined.rollout.tokens
     for i, row in enumerate(kept):
