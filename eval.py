@@ -1332,7 +1332,7 @@ def true_values(rollout, examples, counts, models, tokenizer, cfg):
         returns += rewards_to_go(mine[part], uniforms, rollout, examples, models, tokenizer, cfg)
     B, T = rollout.batch.mask.shape
     values = np.zeros((2, B, T + 1))
-    for job, value in sft.gather(zip(mine, returns, strict=True)):
+    for job, value in sft.gather(list(zip(mine, returns, strict=True))):
         share = value / (counts[job.response] / 2)
         values[job.sample % 2, job.response, job.position] += share
     return values

@@ -1,7 +1,10 @@
 """Chapter 5, Appendix C: the truth by continuations, on trees that can be enumerated."""
 
 import copy
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +18,7 @@ import ma_ppo
 import sft
 from eval import Job, bias, correlation, moments, rewards_to_go, rmse, true_advantages, true_spread
 
+ROOT = Path(__file__).parent.parent
 PAD, EOS, A, B = range(4)  # a vocabulary of two tokens, A and B, beside the end mark
 LONGEST = 3  # tokens of a response, so that a tree has at most 3^3 leaves
 PROMPT = [A, B, B]
@@ -312,6 +316,19 @@ def test_credit_compares_every_estimator_at_every_step(run, tmp_path, capsys):
     assert actions["fixed, σ = last"] >= actions["token"] / 4
     assert rows[2][3:] != rows[13][3:]  # the policy and the critic have learned
     assert png.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_continuations_and_print_the_same_table(run):
+    flags = f"eval.py credit --run {run} --responses 3 --continuations 2 --at 2".split()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    tables = []
+    for words in ([], torchrun):
+        command = [sys.executable, *words, *flags]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        tables.append(done.stdout)
+    assert "whole, σ = first" in tables[0]
+    assert tables[0] == tables[1]
 
 
 def test_at_step_0_the_responses_are_those_that_training_met(run):
