@@ -11,15 +11,18 @@ baseline's score, and how soon another run gets there:
 
     python eval.py report runs/toy                            # all that follows: runs/toy/report.md
     python eval.py curves --run runs/toy --png curves.png     # while training runs, too
-    python eval.py seeds --run runs/seed* --arms token fixed control
+    python eval.py seeds --run runs/seed* --arms token fixed control      # with paired differences
     python eval.py heatmap --run runs/toy/token runs/toy/fixed --png heatmap.png
     python eval.py score --run runs/toy-code --sft            # held-out pass rates; Appendix A
     python eval.py duel --a runs/toy/fixed --b runs/toy/token --judge rm gold         # Appendix B
+    python eval.py credit --run runs/toy/fixed --png credit.png                       # Appendix C
+    python eval.py horizon --run runs/toy runs/lam1 --png horizon.png                 # Appendix D
 
 The story: metrics, smoothing, steps to parity, the measures of a run, learning curves, several
 seeds, the credit heatmap, `main`. You may stop reading there.
 Appendix A: samples on held-out prompts (score, bestofn, passk). B: judges and duels.
-C: the frontier of score and KL; the report. D: drawing. E: the command line.
+C: credit against the truth. D: the horizon. E: the frontier of score and KL; the report.
+F: intervals. G: drawing. H: the command line.
 """
 
 import inspect
@@ -200,10 +203,12 @@ MEASURES = {
     "RM area": lambda baseline, rows: area(rows, "rm_score"),
     "gold area": lambda baseline, rows: area(rows, "gold_score"),
     "pass rate": lambda baseline, rows: at_end(rows, "pass_rate"),
+    "explained variance": lambda baseline, rows: area(rows, "explained_variance"),
 }
 ENDS = ["RM score", "gold score", "gold gain (SD)", "KL", "EOS rate"]
 PARITIES = ["RM 50 %", "RM 90 %", "gold 50 %", "gold 90 %"]
 AREAS = ["RM area", "gold area"]
+COMPARED = ["RM score", "gold score", "pass rate", *AREAS, *PARITIES]  # seed by seed
 # The metrics behind the measures and the panels.
 USED = [*SCORES, *PANELS, "gold_score_std", "eos_rate", "seconds"]
 
@@ -236,6 +241,7 @@ def curves(args):
         tables = measures_table(compared, [*ENDS, *PARITIES, *more], how, names)
         tables.append("")
         tables += measures_table(compared, [*PARITIES, *AREAS], "bootstrap", names)
+        tables += ["", *differences(arms, compared, names, args)]
     return still_going(arms) + tables
 
 
@@ -274,10 +280,7 @@ def score_names(arms):
 
 def measures_table(compared, columns, how, names):
     """The lines of a table: a row an arm, a column a measure."""
-    heads = list(columns)
-    if names != SCORES:
-        heads = [head.replace("RM score", names["rm_score"]) for head in heads]
-        heads = [head.replace("RM", "tests") for head in heads]
+    heads = [called(name, names) for name in columns]
     rows = []
     for arm, seeds in compared.items():
         cells = [spread([found[name] for found in seeds], how) for name in columns]
@@ -285,8 +288,30 @@ def measures_table(compared, columns, how, names):
     return table(["arm", *heads], rows)
 
 
+def called(name, names):
+    """What a measure is called where unit tests take the RM's place."""
+    if names == SCORES:
+        return name
+    return name.replace("RM score", names["rm_score"]).replace("RM", "tests")
+
+
 # Several seeds. Every seed of an arm is compared with the *same* seed of the baseline: both have
-# started from the same models and read the same prompts, so what the seed brings cancels out.
+# started from the same models and read the same prompts, so what the seed brings cancels out. That
+# is why the differences, d = arm - baseline of each seed, say more than two ranges side by side:
+#
+#     seed                  0      1      2      3      4
+#     token               3.9    4.6    5.1    4.2    4.4
+#     fixed               4.3    5.1    5.4    4.8    4.7     the ranges overlap,
+#     d                    .4     .5     .3     .6     .3     but every seed says the same
+#
+#     mean d = .42, and an interval, .26 to .58, that holds the effect in 95 of 100 such studies
+#     p: if the arm changed nothing, each d could as well have had the other sign. Of the 2^5
+#        choices of signs, 2 have a sum as far from 0 as the one found: p = 2 / 32 = .06, the least
+#
+# No difference found is none shown: with two noisy seeds nothing ever differs. To say that two arms
+# are *equivalent*, the whole interval must lie within a margin, and one that was stated beforehand.
+
+ENOUGH_SEEDS = 8  # of 5 seeds that all agree, p is .06; of 8, .008
 
 
 def compare(arms):
@@ -316,6 +341,95 @@ def spread(values, how="range"):
     return f"{median(ordered):.2f} ({ordered[0]:.2f} to {ordered[-1]:.2f})"
 
 
+def differences(arms, compared, names, args):
+    """A line of plain words for each arm and measure: how it differs from --versus."""
+    versus = args.versus or next(iter(arms))
+    if versus not in arms:
+        fail(f"--versus must be among {', '.join(arms)}, got {versus!r}")
+    count = len(arms[versus])
+    lines = [few_seeds(count)] if count < ENOUGH_SEEDS else []
+    for arm in arms:
+        if arm != versus:
+            lines += pair_lines(arm, versus, arms, compared, names, args)
+    return lines
+
+
+def pair_lines(arm, versus, arms, compared, names, args):
+    """The lines of one arm and one baseline; measures that the task does not have are left out."""
+    lines = []
+    for name in COMPARED:
+        values = [measured[name] for measured in compared[arm]]
+        others = [measured[name] for measured in compared[versus]]
+        if set(values) != {None}:
+            margin = margin_of(name, arms[versus].values(), others, args)
+            what = f"{arm} - {versus}, {called(name, names)}"
+            lines.append(f"{what}: {in_words(values, others, margin)}")
+    return lines
+
+
+def in_words(values, others, margin):
+    """One measure of an arm against that of the baseline, a value a seed.
+
+    >>> in_words([4.3, 5.1, 5.4, 4.8, 4.7], [3.9, 4.6, 5.1, 4.2, 4.4], margin=0.2)
+    '+0.42 (95 % 0.26 to 0.58, p = .062, 5 seeds): different'
+    """
+    pairs = list(zip(values, others, strict=True))
+    missing = sum(None in pair for pair in pairs)
+    if missing:
+        return f"not reached in {missing} of {len(pairs)} seeds"
+    found = paired_difference([value - other for value, other in pairs])
+    interval = f"95 % {found.low:.2f} to {found.high:.2f}"
+    numbers = f"{found.mean:+.2f} ({interval}, p = {plain_p(found.p)}, {len(pairs)} seeds)"
+    return f"{numbers}: {verdict(found, margin)}"
+
+
+class Difference(NamedTuple):
+    """Between two arms, over seeds."""
+
+    mean: float
+    low: float  # edges of the mean's 95 % interval
+    high: float
+    p: float
+
+
+def paired_difference(d):
+    """The differences of the seeds, as a list of numbers -> Difference."""
+    mean = fmean(d)
+    # Student's t: as if normal, but wider, for the spread itself is estimated from a few seeds.
+    reach = t_quantile(len(d) - 1) * stdev(d) / math.sqrt(len(d))
+    return Difference(mean, mean - reach, mean + reach, sign_flip_p(d))
+
+
+def sign_flip_p(d):
+    """The share of all choices of signs whose sum is at least as far from 0 as that of d itself.
+
+    Of more than 16 differences, 2^16 choices by lot stand for all.
+
+    >>> sign_flip_p([1.0, 2.0, 4.0])  # 7 and -7, of the 8 sums
+    0.25
+    """
+    count = len(d)
+    if count <= 16:
+        number = np.arange(2**count)[:, None]  # [2^n, 1], whose binary digits are the signs
+        flipped = number >> np.arange(count) & 1  # [2^n, n]
+    else:
+        flipped = np.random.default_rng(0).integers(2, size=(2**16, count))  # [2^16, n]
+        flipped[0] = 0  # the choice that was found is one of them
+    sums = np.abs((1 - 2 * flipped) @ np.asarray(d, dtype=float))  # [2^n]
+    rounding = 1e-9 * np.abs(d).sum()
+    return float(np.mean(sums >= sums[0] - rounding))
+
+
+def verdict(found, margin):
+    """What a Difference lets one say.  margin: how large a difference counts as none."""
+    different = found.low > 0 or found.high < 0
+    equivalent = -margin < found.low and found.high < margin
+    if equivalent:
+        small = f"equivalent within ±{margin:.2f}"
+        return f"{small}, though different" if different else small
+    return "different" if different else f"cannot tell (margin ±{margin:.2f})"
+
+
 # The credit heatmap: who is praised for the score?
 
 
@@ -343,7 +457,7 @@ def heatmap(args):
     samples = [read_sample(run, args.step, args.sample) for run in find_runs(args.run)]
     # One scale for all arms, or else a pale picture and a vivid one could mean the same.
     limit = max(abs(a) for sample in samples for a in sample["advantages"]) or 1.0
-    layouts = [lay_out(sample["pieces"]) for sample in samples]  # drawing: Appendix D
+    layouts = [lay_out(sample["pieces"]) for sample in samples]  # drawing: Appendix G
     canvas, axes = heatmap_axes(layouts)
     for sample, cells, (above, below) in zip(samples, layouts, axes, strict=True):
         draw_credit(above, sample, cells, limit)
@@ -354,7 +468,7 @@ def heatmap(args):
 
 def main(argv=None):
     """Run the subcommand named on the command line, and print its table."""
-    command, args = parse(argv)  # Appendix E, with COMMANDS: {name: function(args) -> lines}
+    command, args = parse(argv)  # Appendix H, with COMMANDS: {name: function(args) -> lines}
     sft.setup(args.device)  # under torchrun: the ranks meet, to share the sampling
     try:
         lines = COMMANDS[command](args)
@@ -529,7 +643,9 @@ def respond(jobs, temperature, models, tokenizer, cfg):
     tokens = sft.encode(jobs, tokenizer, cfg, names)
     examples = [job | ids for job, ids in zip(jobs, tokens, strict=True)]
     if human:
-        rollout = human_rollout(examples, tokenizer, models["policy"].device)
+        prompts = [example["prompt"] for example in examples]
+        responses = [example["response"] for example in examples]
+        rollout = rollout_of(prompts, responses, tokenizer, models["policy"].device)
         kl = [None] * len(jobs)
     else:
         # Log-probabilities are taken at the run's own temperature where sampling is greedy.
@@ -558,10 +674,8 @@ def sample_rows(jobs, rollout, kl, temperature, tokenizer):
     return rows
 
 
-def human_rollout(examples, tokenizer, device):
-    """The human-written responses, in the form of sampled ones."""
-    prompts = [example["prompt"] for example in examples]
-    responses = [example["response"] for example in examples]
+def rollout_of(prompts, responses, tokenizer, device):
+    """Given responses, token lists like the prompts, in the form of sampled ones."""
     return ma_ppo.Rollout(
         batch=sft.make_batch(prompts, responses, tokenizer.pad_token_id, device),
         seeds=[],
@@ -572,10 +686,16 @@ def human_rollout(examples, tokenizer, device):
 
 def response_kl(batch, models, cfg):
     """log π - log π_ref of each response, nats: over samples its mean is the KL.  -> B floats"""
+    logprobs, ref_logprobs = both_logprobs(batch, models, cfg)  # [B, T]
+    return (logprobs - ref_logprobs).sum(1).tolist()
+
+
+def both_logprobs(batch, models, cfg):
+    """log π and log π_ref of the response tokens.  -> two tensors [B, T]"""
     logprobs, _, keep = ma_ppo.token_logprobs(models["policy"], batch, cfg)  # [B, T]
     # The reference chooses among the same tokens: one that it does not allow would cost infinitely.
     ref_logprobs, _, _ = ma_ppo.token_logprobs(models["reference"], batch, cfg, keep)  # [B, T]
-    return (logprobs - ref_logprobs).sum(1).tolist()
+    return logprobs, ref_logprobs
 
 
 HELD_OUT = [*SCORES, "passed", "kl", "length", "ended", "repeated"]
@@ -1036,7 +1156,498 @@ def agreement(ours, theirs):
     return Agreement(len(both), equal, (equal - chance) / (1 - chance) if chance < 1 else None)
 
 
-# Appendix C. The frontier of score and KL, and the report
+# Appendix C. Credit against the truth
+#
+# An advantage is a guess: how much better an action was than expected. On a toy the truth can be
+# had, for a small policy can go on from the same place again and again, each time anew:
+#
+#     V*(s_t)    the mean return, from token t on, of k continuations of the text before token t
+#     A*         of an action: its rewards + V*(the text after it) - V*(the text before it)
+#
+# That is delta, one step of surprise, with the truth in the critic's place. It adds up: over all
+# actions of a response the sum is return - V*(s_0). Two things are asked of every estimator. Does
+# it know what *its own actions* were worth? For a whole response that is easy: its return is known,
+# and only V*(s_0) is guessed. And does it know what each *token* was worth? That is what the update
+# asks, which makes every single token likelier or less likely.
+#
+# V* has an error, too. The continuations are split into two halves, which say A1 and A2, with
+# independent errors. In products of one half with the other these cancel on average: the mean of
+# (A - A1) (A - A2) is the squared error without that of the truth.
+#
+# How far does A* itself spread? Every A* is a surprise: 0 on average, whatever came before. So the
+# surprises of a response are uncorrelated, and the mean of the sum of their squares is that of the
+# square of their sum, return - V*(s_0), in which V* stands only once. Of single tokens, whose A*
+# is far smaller than the errors of V*, the spread could not be found otherwise.
+
+
+class Estimator(NamedTuple):
+    """A way to guess advantages."""
+
+    name: str
+    arm: str
+    changes: dict  # what its settings are, other than those of the run
+
+
+ESTIMATORS = [
+    Estimator("token", "token", {}),
+    Estimator("token, λ = 1", "token", {"lam": 1.0}),
+    Estimator("control", "control", {}),
+    Estimator("fixed, σ = equal", "fixed", {"sigma": "equal"}),
+    Estimator("fixed, σ = last", "fixed", {"sigma": "last"}),
+    Estimator("fixed, σ = decay", "fixed", {"sigma": "decay"}),
+    Estimator("fixed, σ = first", "fixed", {"sigma": "first"}),
+    Estimator("whole, σ = equal", "whole", {"sigma": "equal"}),
+    Estimator("whole, σ = first", "whole", {"sigma": "first"}),
+]
+PICTURED = ["token", "token, λ = 1", "control", "fixed, σ = equal", "whole, σ = first"]
+
+
+class Guess(NamedTuple):
+    """What an estimator says of B responses."""
+
+    starts: torch.Tensor  # [B, T] True where its actions begin
+    advantages: torch.Tensor  # [B, T], in units of reward
+
+
+@dataclass
+class Examined:
+    """B responses of one policy, what was guessed about them, and what is true."""
+
+    name: str  # of the run, and the step
+    rollout: ma_ppo.Rollout
+    pieces: list  # what each token of the first response writes
+    rewards: np.ndarray  # [B, T]
+    truth: np.ndarray  # [2, B, T+1], V* by either half of the continuations; 0 behind the end
+    guesses: dict  # {name: Guess}
+
+
+def credit(args):
+    """Estimators of the advantage against the truth by continuations, on the same responses.
+
+    Own actions: correlation with A*, mean error (bias) and root mean squared error, in units of
+    reward, and how far A* itself spreads. Tokens: correlation with the A* of single tokens, which
+    ranks all estimators by one truth. Sampling errors of A* are taken off. In brackets 95 %
+    bootstrap intervals over responses.
+
+    Two rows are about V*. "V": the critic's values. "return": the return that really came, of one
+    response each. The square of its correlation is the explained variance of V* itself, beyond
+    which no critic can get: the rest is luck.
+    """
+    examined = []
+    for run in find_runs(args.run):
+        cfg = replace(read_config(run, args), shard=False)
+        if cfg.gamma != 1:
+            fail(f"{run}: credit is compared at --gamma 1 only, not {cfg.gamma}")
+        prompts = []  # encoding all of them takes a while, so once a run
+        for step in args.at:
+            models, tokenizer = models_at(run, step, cfg, args)
+            prompts = prompts or ma_ppo.load_prompts(tokenizer, cfg)
+            # The responses that training itself would learn from next.
+            chosen = sft.batch_rows(prompts, step, cfg.batch_size, cfg.seed)[: args.responses]
+            name = f"{run.name}, step {step}"
+            examined.append(examine(name, chosen, step, models, tokenizer, cfg, args))
+    if args.png:
+        credit_picture(examined[0], args.png)
+    heads = ["run", "estimator", "actions", "correlation", "bias", "RMSE", "s.d. of A*"]
+    return table([*heads, "correlation, tokens"], [row for one in examined for row in rate(one)])
+
+
+def examine(name, prompts, step, models, tokenizer, cfg, args):
+    """Let the policy respond to some prompts, guess the credit, and find the truth."""
+    examples = [prompt | {"sample": 0} for prompt in prompts]
+    rollout = ma_ppo.sample(models["policy"], examples, step, tokenizer, cfg)
+    ma_ppo.judge(rollout, models, examples, tokenizer, cfg)
+    logprobs, ref_logprobs, mask = rollout.logprobs, rollout.ref_logprobs, rollout.batch.mask
+    rewards = ma_ppo.token_rewards(rollout.scores, logprobs, ref_logprobs, mask, cfg.beta)  # [B, T]
+    # The first response may be drawn: it gets more continuations than the others.
+    counts = [args.continuations] * len(examples)
+    counts[0] *= 4 if args.png else 1
+    text, offsets = ma_ppo.segment.token_offsets(tokenizer, rollout.tokens[0])
+    return Examined(
+        name=name,
+        rollout=rollout,
+        pieces=[text[start:end] for start, end in offsets],
+        rewards=rewards.cpu().double().numpy(),
+        truth=true_values(rollout, examples, counts, models, tokenizer, cfg),
+        guesses=guesses_of(rollout, rewards, tokenizer, cfg),
+    )
+
+
+def models_at(run, step, cfg, args):
+    """{name: model} of a run as they were after `step` steps, and the tokenizer."""
+    arm = read_settings(run).get("arm", run.name)
+    if arm == "rloo":
+        fail(f"{run}: rloo has no critic, whose values the estimators could use")
+    models, optimizers, tokenizer = ma_ppo.load_models(arm, cfg, sft.setup(args.device))
+    if step > 0:
+        folder = run / "checkpoints" / f"step-{step:06d}"
+        damage = sft.damage(folder)
+        if damage:
+            hint = "train with --save_every 20 --keep 99 to have it"
+            fail(f"{run}: no complete checkpoint of step {step} ({damage}); {hint}")
+        sft.load_checkpoint(folder, sft.TrainingState(models, optimizers))
+    return models, tokenizer
+
+
+def guesses_of(rollout, rewards, tokenizer, cfg):
+    """{name: Guess} of all estimators.  rewards: [B, T]"""
+    guesses = {}
+    for estimator in ESTIMATORS:
+        changed = replace(cfg, **estimator.changes)
+        ma_ppo.cut(estimator.arm, rollout, tokenizer, changed)
+        found = ma_ppo.estimate(estimator.arm, rollout, rewards, changed.lam, changed)
+        advantages, _ = found  # [B, T]
+        guesses[estimator.name] = Guess(rollout.starts, advantages)
+    return guesses
+
+
+# The truth.
+
+
+class Job(NamedTuple):
+    """A continuation to be written."""
+
+    response: int  # its number
+    position: int  # the token from which on it is written anew
+    sample: int
+
+
+def true_values(rollout, examples, counts, models, tokenizer, cfg):
+    """V* in front of every token, by either half of the continuations.  -> array [2, B, T+1]
+
+    counts: how many continuations there are from each place of a response, B even numbers.
+    """
+    jobs = []
+    for i, tokens in enumerate(rollout.tokens):
+        for t in range(len(tokens)):
+            jobs += [Job(i, t, sample) for sample in range(counts[i])]
+    jobs.sort(key=lambda job: job.position)  # continuations of similar length are written together
+    mine = jobs[sft.rank() :: sft.world()]
+    parts = sft.micro_slices(len(mine), cfg.micro_batch_size)
+    returns = []
+    for part in tqdm(parts, desc="continuations", disable=sft.rank() != 0):
+        noise = [np.random.default_rng([cfg.seed, *job]) for job in mine[part]]
+        uniforms = torch.tensor(np.array([rng.random(cfg.max_response) for rng in noise]))
+        returns += rewards_to_go(mine[part], uniforms, rollout, examples, models, tokenizer, cfg)
+    B, T = rollout.batch.mask.shape
+    values = np.zeros((2, B, T + 1))
+    for job, value in sft.gather(list(zip(mine, returns, strict=True))):
+        share = value / (counts[job.response] / 2)
+        values[job.sample % 2, job.response, job.position] += share
+    return values
+
+
+@torch.no_grad()
+def rewards_to_go(jobs, uniforms, rollout, examples, models, tokenizer, cfg):
+    """Write a continuation for each job, and add up its rewards, KL penalty included -> b floats.
+
+    uniforms: [b, max_response], the randomness of each continuation.
+    """
+    chosen = [examples[job.response] for job in jobs]
+    prompts = [example["prompt"] for example in chosen]
+    begun = [rollout.tokens[job.response][: job.position] for job in jobs]
+    # To the policy, what is there already is a longer prompt. Together with it, a response must
+    # not become longer than in training.
+    texts = [prompt + tokens for prompt, tokens in zip(prompts, begun, strict=True)]
+    room = cfg.max_response - min(job.position for job in jobs)
+    written = ma_ppo.generate(models["policy"], texts, uniforms[:, :room], tokenizer, cfg)
+    responses = []
+    for tokens, more in zip(begun, written, strict=True):
+        responses.append((tokens + more)[: cfg.max_response])
+    anew = rollout_of(prompts, responses, tokenizer, models["policy"].device)
+    mask = anew.batch.mask  # [b, T]
+    ma_ppo.score(anew, models, chosen, tokenizer, cfg)
+    logprobs, ref_logprobs = both_logprobs(anew.batch, models, cfg)  # [b, T]
+    rewards = ma_ppo.token_rewards(anew.scores, logprobs, ref_logprobs, mask, cfg.beta)  # [b, T]
+    begins = torch.tensor([job.position for job in jobs], device=mask.device)  # [b]
+    to_go = torch.arange(mask.shape[1], device=mask.device) >= begins[:, None]  # [b, T]
+    return (rewards * to_go).sum(1).tolist()
+
+
+def true_advantages(rewards, values, starts):
+    """A* of each action of one response.
+
+    rewards: [T] numbers; values: V* in front of each token, [..., T+1]; starts: the K places where
+    actions begin. Returns an array [..., K]. In actions of two tokens, with a V* of 1, 4 and 2 in
+    front of them, and 0 at the end:
+
+    >>> true_advantages([0, 1, 0, 0, 3], np.array([1, 9, 4, 9, 2, 0]), [0, 2, 4])
+    array([ 4., -2.,  1.])
+    """
+    edges = np.append(starts, len(rewards))  # [K+1]
+    earned = np.append(0.0, np.cumsum(rewards))[edges]  # [K+1], before each edge
+    return np.diff(earned) + np.diff(values[..., edges])
+
+
+# The comparison.
+
+
+def rate(examined):
+    """The rows of the table: two about V*, and one for every estimator."""
+    lengths = [len(tokens) for tokens in examined.rollout.tokens]
+    values = examined.rollout.values.cpu().double().numpy()  # [B, T]
+    sums, sums_of_returns = [], []
+    for i, length in enumerate(lengths):
+        sums.append(moments(values[i, :length], examined.truth[:, i, :length]))
+        returns = examined.rewards[i, :length][::-1].cumsum()[::-1]  # [length], that really came
+        sums_of_returns.append(moments(returns, examined.truth[:, i, :length]))
+    rows = [[examined.name, "V", *measure_cells(sums), "–"]]
+    rows.append([examined.name, "return", *measure_cells(sums_of_returns), "–"])
+    for name, guess in examined.guesses.items():
+        advantages = guess.advantages.cpu().double().numpy()  # [B, T]
+        own, tokens = [], []
+        for i, length in enumerate(lengths):
+            starts = np.flatnonzero(guess.starts[i, :length].cpu())
+            rewards, truth = examined.rewards[i, :length], examined.truth[:, i, : length + 1]
+            own.append(of_surprises(advantages[i], rewards, truth, starts))
+            tokens.append(of_surprises(advantages[i], rewards, truth, np.arange(length)))
+        rows.append([examined.name, name, *measure_cells(own)])
+        rows[-1].append(cell(*bootstrap(tokens, correlation)))
+    return rows
+
+
+def measure_cells(sums):
+    """Number of actions, correlation, bias, RMSE and spread of the truth, as text."""
+    count = int(sum(one[0] for one in sums))
+    measures = [correlation, bias, rmse, true_spread]
+    return [str(count), *(cell(*bootstrap(sums, measure)) for measure in measures)]
+
+
+class Moments(NamedTuple):
+    """Sums over actions, of which all measures are made."""
+
+    count: object
+    guess: object
+    truth: object
+    guess_squared: object
+    product: object
+    truth_squared: object
+
+
+def moments(guesses, truths):
+    """The Moments of one response.  guesses: [K]; truths: [2, K], by either half."""
+    first, second = truths  # [K]
+    truth = (first + second) / 2  # [K]
+    return Moments(
+        count=len(guesses),
+        guess=guesses.sum(),
+        truth=truth.sum(),
+        guess_squared=(guesses**2).sum(),
+        product=(guesses * truth).sum(),
+        truth_squared=(first * second).sum(),  # without the square of any error
+    )
+
+
+def of_surprises(advantages, rewards, values, starts):
+    """The Moments of one response's actions, which begin at `starts`.
+
+    advantages: [T]; rewards: [length]; values: V* by either half, [2, length+1].
+    """
+    truths = true_advantages(rewards, values, starts)  # [2, K]
+    first, second = truths.sum(1)  # return - V*(s_0)
+    return moments(advantages[starts], truths)._replace(truth_squared=first * second)
+
+
+def means(sums, axis):
+    """The Moments of many responses, averaged over all of their actions.
+
+    sums: [..., responses, ..., 6], added up along `axis`.
+    """
+    total = Moments(*np.moveaxis(np.asarray(sums).sum(axis), -1, 0))
+    return Moments(*(moment / total.count for moment in total))
+
+
+def bias(sums, axis):
+    """Mean error of the guesses."""
+    mean = means(sums, axis)
+    return mean.guess - mean.truth
+
+
+def rmse(sums, axis):
+    """Root mean squared error of the guesses."""
+    mean = means(sums, axis)
+    return np.sqrt(np.maximum(0, mean.guess_squared - 2 * mean.product + mean.truth_squared))
+
+
+def true_spread(sums, axis):
+    """Standard deviation of the truth."""
+    mean = means(sums, axis)
+    return np.sqrt(np.maximum(0, mean.truth_squared - mean.truth**2))
+
+
+def correlation(sums, axis):
+    """Correlation of the guesses with the truth."""
+    mean = means(sums, axis)
+    covariance = mean.product - mean.guess * mean.truth
+    spread = np.sqrt(np.maximum(0, mean.guess_squared - mean.guess**2)) * true_spread(sums, axis)
+    # Where chance hides the truth's spread altogether, the division would be by 0.
+    return np.clip(covariance / np.maximum(spread, 1e-12), -1, 1)
+
+
+def credit_picture(examined, png):
+    """The first response: V* and V of each token, and its text coloured by A* and each guess.
+
+    Colours are advantages as the update uses them: whitened over all responses.
+    """
+    rollout, mask = examined.rollout, examined.rollout.batch.mask
+    truth = Guess(examined.guesses["fixed, σ = equal"].starts, torch.zeros(mask.shape))
+    for i, tokens in enumerate(rollout.tokens):
+        starts = np.flatnonzero(truth.starts[i].cpu())
+        values = examined.truth[:, i, : len(tokens) + 1].mean(0)
+        found = true_advantages(examined.rewards[i, : len(tokens)], values, starts)
+        for start, end, value in zip(starts, [*starts[1:], len(tokens)], found, strict=True):
+            truth.advantages[i, start:end] = value
+    shown = {"truth: A* of macro actions": truth}
+    shown |= {name: examined.guesses[name] for name in PICTURED}
+    samples = []
+    for name, guess in shown.items():
+        seg = ma_ppo.segment.segment_ids(guess.starts, mask)[0]  # [T]
+        advantages = ma_ppo.whiten(guess.advantages.to(mask.device), mask)[0]  # [T]
+        samples.append({"run": name, "seg": seg.tolist(), "advantages": advantages.tolist()})
+    count = len(examined.pieces)
+    limit = max(abs(a) for sample in samples for a in sample["advantages"][:count]) or 1.0
+    cells = lay_out(examined.pieces)
+    heights = [2.2, *[0.3 * (cells[-1].line + 1)] * len(samples)]  # inches
+    canvas = Figure(figsize=(10, sum(heights) + 0.5 * len(heights)), layout="constrained")
+    above, *below = canvas.subplots(len(heights), 1, height_ratios=heights)
+    draw_truth(above, examined.truth[:, 0, :count], rollout.values[0, :count].tolist())
+    for ax, sample in zip(below, samples, strict=True):
+        draw_credit(ax, sample, cells, limit)
+    save(canvas, png)
+
+
+def draw_truth(ax, truth, values):
+    """V* of every token, in a band between the two halves, and the critic's V.  truth: [2, T]"""
+    place = range(truth.shape[1])
+    ax.fill_between(place, *truth, color="C2", alpha=0.3, lw=0)
+    ax.plot(place, truth.mean(0), color="C2", label="V*, by continuations")
+    ax.plot(place, values, color="C0", label="V, the critic's guess")
+    ax.set(xlim=(-0.5, len(values) - 0.5), xlabel="response token", ylabel="return to come")
+    above = {"loc": "lower right", "bbox_to_anchor": (1, 1)}
+    ax.legend(**above, ncols=2, frameon=False, fontsize=12)
+
+
+# Appendix D. The horizon
+#
+# News of the score reaches an early token through the decisions in between, each of which passes a
+# share λ of it on. Macro actions make these decisions fewer, a larger λ makes the share larger. If
+# that is all that macro actions do, n and λ matter together only, as the tokens that credit spans:
+#
+#     effective horizon    H = n / (1 - λ)     tokens, n the tokens in a macro action
+#
+# Then runs of equal H learn equally fast, and in the picture all colours lie on one line.
+
+
+class Reach(NamedTuple):
+    """How far the credit of a run spans."""
+
+    kind: str  # its colour in the picture
+    lam: float  # per action
+    horizon: float  # tokens; infinite for λ = 1
+
+
+class Learned(NamedTuple):
+    """What a run has learned, and how fast."""
+
+    horizon: float
+    area: float  # mean RM score of all steps
+    steps: int  # to half of the gain of the first run of its seed; None: never
+    explained: float  # mean explained variance of the critic, None where there is none
+
+
+def horizon(args):
+    """Learning speed against the effective horizon H = n / (1 - λ), in tokens; λ = 1 stands at ∞.
+
+    `control` is token level, n = 1, with its own λ^(1/n). Where a macro action's length is not
+    set but found (whole, random, ...), n is its mean. Half of the gain: of the first run named that
+    has the same seed. Median (range) over seeds; the picture has means and ranges.
+    """
+    starts = {}  # {seed: rows of its first run}
+    groups = {}  # {(kind, λ): a Learned of each seed}
+    for run in find_runs(args.run):
+        rows = read_metrics(run)
+        baseline = starts.setdefault(read_settings(run).get("seed"), rows)
+        reach = reach_of(run, rows)
+        found = what_was_learned(rows, baseline, reach.horizon)
+        groups.setdefault((reach.kind, round(reach.lam, 6)), []).append(found)
+    finite = [found.horizon for seeds in groups.values() for found in seeds]
+    edge = 4 * max((x for x in finite if x < math.inf), default=1.0)  # where ∞ is drawn
+    panels = []
+    for key, label in {"area": "mean RM score", "steps": "steps to half of the gain"}.items():
+        lines = horizon_lines(groups, key, edge)
+        panels.append(Panel(label, "effective horizon H, tokens", lines, edge))
+    plot(args.png, panels, "macro actions")
+    return horizon_table(groups)
+
+
+def reach_of(run, rows):
+    """The `Reach` of a run, by its config.json."""
+    settings = read_settings(run)
+    lam, n = settings.get("lam"), settings.get("n")
+    if lam is None or n is None:
+        fail(f"{run}: config.json is missing, or has no lam and n: not a run of ma_ppo.py")
+    arm = settings.get("arm", run.name)
+    kind = arm
+    if arm in ("token", "control"):
+        lam = lam ** (1 / n) if arm == "control" else lam
+        kind, n = "n = 1", 1
+    elif arm == "fixed":
+        kind = f"n = {n}"
+    elif arm == "rloo":  # every token is credited with the whole return
+        lam = 1.0
+    else:
+        n = area(rows, "macro_length")
+    return Reach(kind, lam, n / (1 - lam) if lam < 1 else math.inf)
+
+
+def what_was_learned(rows, baseline, tokens):
+    """The measures of one run.  baseline: the rows of its seed's first run; tokens: its horizon."""
+    scores = column(baseline, "rm_score")
+    gain = smooth(scores)[-1] - scores[0]
+    steps = first_step(smooth(column(rows, "rm_score")), scores[0] + gain / 2)
+    return Learned(tokens, area(rows, "rm_score"), steps, area(rows, "explained_variance"))
+
+
+def in_order(groups):
+    """The items of `groups` by kind, n before names, and by horizon."""
+
+    def place(item):
+        (kind, _), seeds = item
+        n = int(kind[4:]) if kind.startswith("n = ") else math.inf
+        return n, kind, fmean(found.horizon for found in seeds)
+
+    return sorted(groups.items(), key=place)
+
+
+def horizon_lines(groups, key, edge):
+    """A line for each kind of macro action, a point for each λ."""
+    lines = []
+    for kind, items in groupby(in_order(groups), lambda item: item[0][0]):
+        points = []
+        for _, seeds in items:
+            x = min(edge, fmean(found.horizon for found in seeds))
+            values = [getattr(found, key) for found in seeds]
+            if None not in values:  # a target that was never reached has no place in the picture
+                points.append((x, fmean(values), min(values), max(values)))
+        if points:
+            lines.append(Line(kind, *zip(*points, strict=True), marker="o-"))
+    return lines
+
+
+def horizon_table(groups):
+    """A row for each kind of macro action and λ."""
+    rows = []
+    for (kind, lam), seeds in in_order(groups):
+        tokens = fmean(found.horizon for found in seeds)
+        cells = [kind, f"{lam:.3f}", f"{tokens:.0f}" if tokens < math.inf else "∞", str(len(seeds))]
+        cells += [spread([found.area for found in seeds]), spread([found.steps for found in seeds])]
+        explained = [found.explained for found in seeds]
+        rows.append([*cells, "–" if None in explained else spread(explained)])
+    heads = ["macro actions", "λ", "H, tokens", "seeds", "mean RM score"]
+    return table([*heads, "steps to half", "explained variance"], rows)
+
+
+# Appendix E. The frontier of score and KL, and the report
 #
 # A score can be bought with KL, by moving far from the reference. So a higher score at the same KL
 # is better training, and a higher score at more KL may not be. The report runs all of this chapter
@@ -1116,7 +1727,103 @@ def report_parts(runs, args):
     return parts
 
 
-# Appendix D. Finding runs, and drawing
+# Appendix F. Intervals
+#
+# A number without an interval is an anecdote. Over prompts, the values themselves are drawn anew
+# (bootstrap); over a few seeds, that would be too narrow, and Student's t is used.
+
+
+RESAMPLES = 2000
+
+
+def bootstrap(values, statistic=np.mean):
+    """A statistic and its 95 % interval -> (value, low, high); (None,) of no values.
+
+    The values are drawn anew, with replacement, 2,000 times; the interval holds the middle 95 % of
+    the 2,000 statistics (percentile bootstrap). Of a handful of values it is too narrow.
+    """
+    if not len(values):
+        return (None,)
+    values = np.asarray(values, dtype=float)  # [N]
+    picks = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    found = np.sort(statistic(values[picks], axis=1))  # [RESAMPLES]
+    edge = RESAMPLES // 40  # a fortieth, 2.5 %, on either side
+    return float(statistic(values, axis=0)), float(found[edge]), float(found[-edge - 1])
+
+
+def cell(x, low=None, high=None):
+    """A number, with its interval if there is one, as text."""
+    if x is None:
+        return "–"
+    return f"{x:.2f}" if low is None else f"{x:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def t_quantile(freedom, within=0.95):
+    """How far Student's t strays from 0 with probability `within`, on either side together.
+
+    freedom: degrees of freedom, the number of values less 1.
+
+    >>> round(t_quantile(9), 3)  # ten seeds; a normal distribution would have 1.96
+    2.262
+    """
+    low, high = 0.0, 1.0
+    while t_probability(high, freedom) < within:
+        high *= 2
+    for _ in range(100):  # halve the interval that holds it
+        middle = (low + high) / 2
+        if t_probability(middle, freedom) < within:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def t_probability(t, freedom):
+    """P(|T| < t) of Student's t with an integer number of degrees of freedom.
+
+    A finite sum over powers of cos θ, with tan θ = t / √freedom (Abramowitz and Stegun, 26.7.3-4).
+    """
+    theta = math.atan(t / math.sqrt(freedom))
+    cos, sin = math.cos(theta), math.sin(theta)
+    odd = freedom % 2
+    term = cos if odd else 1.0
+    total = 0.0
+    for power in range(2 + odd, freedom + 1, 2):
+        total += term
+        term *= cos * cos * (power - 1) / power
+    if odd:
+        return (theta + sin * total) * 2 / math.pi
+    return sin * total
+
+
+def margin_of(name, baseline, values, args):
+    """How large a difference counts as none.
+
+    Of a score: --margin's share of the spread of the SFT model's samples, which is that of step 0.
+    Of everything else: its share of the baseline's own value.
+    baseline: the runs of the baseline, a list of rows each; values: its measure, one a seed.
+    """
+    of_spread, of_value = args.margin
+    key = {"RM score": "rm_score_std", "gold score": "gold_score_std"}.get(name)
+    spreads = [rows[0].get(key) for rows in baseline]
+    if key and None not in spreads:
+        return of_spread * fmean(spreads)
+    known = [value for value in values if value is not None]
+    return of_value * abs(fmean(known)) if known else 0.0
+
+
+def few_seeds(count):
+    """A warning: of few seeds even differences that all agree may be chance."""
+    least = plain_p(2 / 2**count)
+    return f"warning: fewer than {ENOUGH_SEEDS} seeds: with {count}, p cannot be below {least}"
+
+
+def plain_p(p):
+    """A probability as text: .002"""
+    return f"{p:.3f}".removeprefix("0")
+
+
+# Appendix G. Finding runs, and drawing
 #
 # Where runs lie, and how pictures are laid out, has nothing to say about the method. Sizes are such
 # that a picture can be read at 900 pixels, the width of a README.
@@ -1196,31 +1903,6 @@ def read_config(folder, args):
     return replace(cfg, micro_batch_size=args.micro_batch_size or cfg.micro_batch_size)
 
 
-RESAMPLES = 2000
-
-
-def bootstrap(values, statistic=np.mean):
-    """A statistic and its 95 % interval -> (value, low, high); (None,) of no values.
-
-    The values are drawn anew, with replacement, 2,000 times; the interval holds the middle 95 % of
-    the 2,000 statistics (percentile bootstrap). Of a handful of values it is too narrow.
-    """
-    if not len(values):
-        return (None,)
-    values = np.asarray(values, dtype=float)  # [N]
-    picks = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    found = np.sort(statistic(values[picks], axis=1))  # [RESAMPLES]
-    edge = RESAMPLES // 40  # a fortieth, 2.5 %, on either side
-    return float(statistic(values, axis=0)), float(found[edge]), float(found[-edge - 1])
-
-
-def cell(x, low=None, high=None):
-    """A number, with its interval if there is one, as text."""
-    if x is None:
-        return "–"
-    return f"{x:.2f}" if low is None else f"{x:.2f} [{low:.2f}, {high:.2f}]"
-
-
 def table(heads, rows):
     """The lines of a Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
@@ -1246,6 +1928,7 @@ class Panel(NamedTuple):
     ylabel: str
     xlabel: str
     lines: list
+    infinity: float = 0.0  # with it the x-axis is logarithmic, and there stands ∞
 
 
 def plot(png, panels, legend):
@@ -1259,6 +1942,8 @@ def plot(png, panels, legend):
             for i, line in enumerate(panel.lines):
                 draw_line(ax, line, f"C{i}")
             ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+            if panel.infinity:
+                logarithmic(ax, panel.infinity)
             ax.grid(alpha=0.3)
         axes[0].legend(title=legend, fontsize=11, title_fontsize=11)
         save(canvas, png)
@@ -1268,9 +1953,19 @@ def draw_line(ax, line, color):
     """A curve, over its raw values or its band."""
     if line.raw is not None:
         ax.plot(line.x, line.raw, color=color, alpha=0.25, lw=1)
-    if line.low is not None:
+    if line.low is not None and "o" in line.marker:
+        ax.vlines(line.x, line.low, line.high, color=color, alpha=0.4)  # a bar at each point
+    elif line.low is not None:
         ax.fill_between(line.x, line.low, line.high, color=color, alpha=0.2, lw=0)
     ax.plot(line.x, line.y, line.marker, color=color, lw=2, label=line.label)
+
+
+def logarithmic(ax, infinity):
+    """A logarithmic x-axis that ends in ∞."""
+    ax.set_xscale("log")
+    powers = [10**k for k in range(9) if 10**k < infinity / 3]
+    ax.set_xticks([*powers, infinity], [*map(str, powers), "∞"])
+    ax.minorticks_off()
 
 
 def save(canvas, png):
@@ -1377,7 +2072,7 @@ def draw_values(ax, sample):
     ax.legend(loc="upper left", ncols=2, frameon=False, fontsize=12)
 
 
-# Appendix E. The command line
+# Appendix H. The command line
 #
 # One set of options for all subcommands. A new subcommand is a function(args) -> lines of text, and
 # an entry in COMMANDS.
@@ -1390,7 +2085,13 @@ class Options:
     run: list[str] = opt([], "run folders of ma_ppo.py, or --out folders that hold one per arm")
     arms: list[str] = opt([], "curves, frontier: only these arms, the first one the baseline")
     mean: bool = opt(False, "curves, over seeds: mean ± standard deviation, not median (range)")
-    png: str = opt("", "curves, frontier, bestofn, heatmap: picture to write")
+    versus: str = opt("", "curves, over seeds: the arm to compare others with; empty: the first")
+    margin: list[float] = opt(
+        [0.25, 0.1],
+        "curves, over seeds: differences that count as none, in standard deviations of the SFT "
+        "model's samples for scores, and as a share of the baseline for areas and steps",
+    )
+    png: str = opt("", "curves, frontier, bestofn, heatmap, credit, horizon: picture to write")
     prompts: int = opt(128, "held-out prompts to sample, the first ones")
     samples: int = opt(1, "score, passk: samples of each prompt")
     temperature: list[float] = opt([], "of sampling; 0: greedy; default: the run's own")
@@ -1404,6 +2105,9 @@ class Options:
     judge_url: str = opt("https://api.openai.com/v1", "llm: endpoint; its key is in OPENAI_API_KEY")
     judge_model: str = opt("", "llm: model")
     judge_temperature: str = opt("0", "llm: temperature; none: do not send one")
+    at: list[int] = opt([0], "credit: after how many PPO steps; other than 0 needs checkpoints")
+    responses: int = opt(16, "credit: number of responses")
+    continuations: int = opt(4, "credit: continuations from each place, an even number")
     step: int = opt(0, "heatmap: PPO step; at 0 all arms have sampled the same")
     sample: int = opt(0, "heatmap: which sample of that step")
     device: str = opt("", "cpu, cuda, ...; empty: cuda where there is one")
@@ -1420,6 +2124,8 @@ COMMANDS = {
     "passk": passk,
     "duel": duel,
     "heatmap": heatmap,
+    "credit": credit,
+    "horizon": horizon,
 }
 
 
@@ -1450,6 +2156,13 @@ def check(command, args):
     least = min(args.prompts, args.samples, *args.n, *args.k)
     if least < 1:
         fail(f"--prompts, --samples, --n and --k must be at least 1, got {least}")
+    if len(args.margin) != 2 or not all(0 <= share < math.inf for share in args.margin):
+        fail(f"--margin must be two numbers of 0 or more, got {args.margin}")
+    if args.responses < 2 or args.continuations < 2 or args.continuations % 2:
+        both = f"{args.responses} and {args.continuations}"
+        fail(f"--responses must be 2 or more, --continuations even and 2 or more, got {both}")
+    if min(args.at, default=-1) < 0:
+        fail(f"--at must be steps, 0 or more, got {args.at}")
     if not all(0 <= t < math.inf for t in args.temperature):
         fail(f"--temperature must be 0 or more, got {args.temperature}")
     ranks = int(os.environ.get("WORLD_SIZE", 1))  # the device is checked as for training

@@ -2,13 +2,24 @@
 
 import json
 import re
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import eval as chapter5
-from eval import parity, smooth
+from eval import (
+    Difference,
+    paired_difference,
+    parity,
+    sign_flip_p,
+    smooth,
+    t_quantile,
+    verdict,
+)
 
 
 def rows_of(rm, gold=None, **more):
@@ -221,6 +232,218 @@ def test_the_picture_has_a_panel_for_every_metric_that_all_runs_have(
     assert labels == ["token", "fixed"]
     assert list(figure.axes[0].lines[0].get_ydata()) == [0, 1, 2, 3]
     assert re.search(r"\| token \|.*\n\| fixed \|", capsys.readouterr().out)
+
+
+# Several seeds
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),  # of printed tables
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (7, 2.365), (9, 2.262), (30, 2.042)],
+)
+def test_t_quantiles_are_those_of_printed_tables(freedom, quantile):
+    assert t_quantile(freedom) == pytest.approx(quantile, abs=5e-4)
+
+
+def test_t_quantiles_of_other_levels_and_of_many_degrees_of_freedom():
+    assert t_quantile(9, 0.99) == pytest.approx(3.250, abs=5e-4)
+    assert t_quantile(5, 0.5) == pytest.approx(0.727, abs=5e-4)
+    assert t_quantile(10_000) == pytest.approx(1.9602, abs=5e-4)  # nearly normal
+
+
+@given(st.lists(st.floats(-9, 9), min_size=1, max_size=6))
+def test_p_is_the_share_of_sign_flips_at_least_as_extreme_counted_in_a_loop(d):
+    as_extreme = 0
+    for signs in product([1, -1], repeat=len(d)):
+        flipped = sum(sign * x for sign, x in zip(signs, d, strict=True))
+        as_extreme += abs(flipped) >= abs(sum(d)) - 1e-9 * sum(map(abs, d))
+    assert sign_flip_p(d) == as_extreme / 2 ** len(d)
+
+
+def test_p_of_seeds_that_all_agree_is_the_least_there_is():
+    for count in (2, 5, 8, 10, 16):
+        assert sign_flip_p([1.0 + i for i in range(count)]) == 2 / 2**count
+    assert sign_flip_p([0.0] * 5) == 1
+    assert sign_flip_p([1.0] * 40) == pytest.approx(0, abs=1e-4)  # a lot of 2^16
+    assert sign_flip_p([1.0, -1.0] * 20) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_t_interval_of_ten_seeds_covers_the_effect_in_95_of_100_studies():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(2000):
+        found = paired_difference(rng.normal(3, 2, 10).tolist())
+        hits += found.low <= 3 <= found.high
+    assert 0.94 <= hits / 2000 <= 0.96
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (0.1, 0.9, "different"),
+        (-0.9, -0.1, "different"),
+        (-0.1, 0.19, "equivalent within ±0.20"),
+        (0.01, 0.19, "equivalent within ±0.20, though different"),
+        (-0.1, 0.21, "cannot tell (margin ±0.20)"),
+        (-0.9, 0.1, "cannot tell (margin ±0.20)"),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval(low, high, said):
+    assert verdict(Difference((low + high) / 2, low, high, p=0.5), margin=0.2) == said
+
+
+def seeds_of(tmp_path, arms):
+    """Folders seed0, seed1, ... of the arms {name: runs, a list of rows each}."""
+    folders = []
+    for i in range(len(next(iter(arms.values())))):
+        folder = tmp_path / f"seed{i}"
+        folder.mkdir()
+        folders.append(str(folder))
+        for name, runs in arms.items():
+            write_run(folder / name, runs[i])
+    return folders
+
+
+def said_of_seeds(tmp_path, capsys, arms, *flags):
+    """The lines of plain words, {what: the rest}, and the warnings, that `seeds` prints."""
+    folders = seeds_of(tmp_path, arms)
+    chapter5.main(["seeds", "--run", *folders, "--arms", *arms, *flags])
+    lines = capsys.readouterr().out.splitlines()
+    said = dict(line.split(": ", 1) for line in lines if " - " in line)
+    return said, [line for line in lines if line.startswith("warning")]
+
+
+def test_differences_of_seeds_are_paired_and_worked_by_hand(tmp_path, capsys):
+    # Ten seeds far apart, at a constant score, so that the area is the score. d = .1 four times,
+    # .3 six times: mean .22, s.d. .1033, reach 2.262 x .1033 / sqrt(10) = .0739.
+    d = [0.1] * 4 + [0.3] * 6
+    token = [rows_of([float(10 * i)] * 6) for i in range(10)]
+    fixed = [rows_of([10 * i + d[i]] * 6) for i in range(10)]
+    said, warnings = said_of_seeds(tmp_path, capsys, {"token": token, "fixed": fixed})
+    numbers = "+0.22 (95 % 0.15 to 0.29, p = .002, 10 seeds)"
+    # The margins: a quarter of rm_score_std, 1; and a tenth of the baseline's mean, 45.
+    assert said["fixed - token, RM score"] == f"{numbers}: different"
+    assert said["fixed - token, RM area"] == f"{numbers}: equivalent within ±4.50, though different"
+    assert warnings == []
+
+
+def test_margins_are_shares_of_the_first_steps_spread_and_of_the_baseline(tmp_path, capsys):
+    token = [rows_of([2.0 + i] * 6, [1.0] * 6) for i in range(3)]
+    fixed = [rows_of([2.0 + i] * 6, [1.1] * 6) for i in range(3)]
+    for runs in (token, fixed):
+        for i, rows in enumerate(runs):
+            rows[0]["rm_score_std"] = 2.0 + 2 * i  # 4 on average; at other steps 1
+    flags = ["--margin", "0.5", "0.2"]
+    said, _ = said_of_seeds(tmp_path, capsys, {"token": token, "fixed": fixed}, *flags)
+    assert said["fixed - token, RM score"].endswith("equivalent within ±2.00")
+    assert said["fixed - token, RM area"].endswith("equivalent within ±0.60")  # a fifth of 3
+    assert "±1.00" in said["fixed - token, gold score"]  # half of gold_score_std, 2
+
+
+def test_few_seeds_are_warned_of_and_the_baseline_can_be_chosen(tmp_path, capsys):
+    arms = {}
+    for name, gain in {"token": 0, "fixed": 1, "control": 2}.items():
+        arms[name] = [rows_of([k + gain * t for t in range(9)]) for k in (0, 1, 3, 4, 7)]
+    said, warnings = said_of_seeds(tmp_path, capsys, arms, "--versus", "control")
+    assert said["fixed - control, RM area"].startswith("-4.00 (95 % -4.00 to -4.00, p = .062, 5 ")
+    assert {what.split(",")[0] for what in said} == {"token - control", "fixed - control"}
+    (warning,) = warnings
+    assert "5" in warning and ".062" in warning
+
+
+def test_a_target_that_some_seeds_never_reach_has_no_mean_difference(tmp_path, capsys):
+    token = [rows_of(range(20)) for _ in range(3)]
+    fixed = [rows_of(range(20)), rows_of(range(20)), rows_of([0] * 20)]
+    said, _ = said_of_seeds(tmp_path, capsys, {"token": token, "fixed": fixed})
+    assert said["fixed - token, RM 50 %"] == "not reached in 1 of 3 seeds"
+    assert not any("gold" in what or "pass rate" in what for what in said)
+
+
+def test_a_wrong_margin_or_baseline_is_one_line_with_exit_code_2(tmp_path, capsys):
+    folders = seeds_of(tmp_path, {"token": [rows_of([1, 2])] * 2})
+    for flags in (["--versus", "nobody"], ["--margin", "1"], ["--margin", "-1", "0"]):
+        assert flags[0] in one_error_line(capsys, "seeds", "--run", *folders, *flags)
+
+
+# The horizon
+
+
+def configured(folder, rows, **settings):
+    """A run with a config.json."""
+    write_run(folder, rows)
+    (folder / "config.json").write_text(json.dumps({"n": 5, "lam": 0.95, "seed": 0} | settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "tokens"),
+    [
+        ({"arm": "token"}, "n = 1", 20),
+        ({"arm": "token", "lam": 0.99}, "n = 1", 100),
+        ({"arm": "fixed"}, "n = 5", 100),
+        ({"arm": "fixed", "n": 2, "lam": 0.9}, "n = 2", 20),
+        ({"arm": "control"}, "n = 1", 1 / (1 - 0.95 ** (1 / 5))),  # 98: nearly that of fixed
+        ({"arm": "control", "n": 1}, "n = 1", 20),
+        ({"arm": "random"}, "random", 80),  # macro_length is 4
+        ({"arm": "whole", "lam": 0.9}, "whole", 40),
+        ({"arm": "fixed", "lam": 1.0}, "n = 5", float("inf")),
+        ({"arm": "rloo"}, "rloo", float("inf")),
+    ],
+)
+def test_the_effective_horizon_of_every_arm(tmp_path, settings, kind, tokens):
+    rows = rows_of([0, 1], macro_length=4.0)
+    reach = chapter5.reach_of(configured(tmp_path / "run", rows, **settings), rows)
+    assert (reach.kind, reach.horizon) == (kind, pytest.approx(tokens))
+
+
+def test_the_horizon_s_table_and_picture_worked_by_hand(tmp_path, capsys, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *a, **k: (figures.append(figure), save(figure, *a, **k))
+    )
+    # token: 0 0 ... 10: half of its gain, 5, is passed at step 7 of the smoothed scores.
+    slow, fast = [0] * 5 + [10] * 10, [0] * 2 + [10] * 13
+    runs = []
+    for seed, shift in enumerate((0, 2)):
+        for name, scores in {
+            "token": slow,
+            "fixed": fast,
+            "control": fast,
+            "never": [0] * 15,
+        }.items():
+            arm = "fixed" if name == "never" else name
+            lam = 1.0 if name == "never" else 0.95
+            rows = rows_of([x + shift for x in scores], explained_variance=-0.25)
+            folder = tmp_path / f"{name}{seed}"
+            runs.append(str(configured(folder, rows, arm=arm, lam=lam, seed=seed)))
+    png = tmp_path / "horizon.png"
+    chapter5.main(["horizon", "--run", *runs, "--png", str(png)])
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    area = [f"{100 / 15 + 1:.2f} ({100 / 15:.2f} to {100 / 15 + 2:.2f})"]
+    fast_area = f"{130 / 15 + 1:.2f} ({130 / 15:.2f} to {130 / 15 + 2:.2f})"
+    ev = "-0.25 (-0.25 to -0.25)"
+    assert [cells_of(line) for line in lines] == [
+        ["n = 1", "0.950", "20", "2", *area, "7.00 (7.00 to 7.00)", ev],
+        ["n = 1", "0.990", "98", "2", fast_area, "3.00 (3.00 to 3.00)", ev],
+        ["n = 5", "0.950", "100", "2", fast_area, "3.00 (3.00 to 3.00)", ev],
+        ["n = 5", "1.000", "∞", "2", "1.00 (0.00 to 2.00)", "–", ev],
+    ]
+    assert png.read_bytes().startswith(b"\x89PNG")
+    areas, steps = figures[0].axes
+    assert [list(line.get_xdata()) for line in areas.lines] == [
+        [pytest.approx(20), pytest.approx(98, abs=0.5)],
+        [pytest.approx(100), pytest.approx(400)],  # ∞ stands at four times the largest
+    ]
+    assert [list(line.get_ydata()) for line in steps.lines] == [[7, 3], [3]]
+    assert [text.get_text() for text in areas.get_xticklabels()][-1] == "∞"
+    assert areas.get_xscale() == "log"
+
+
+def test_a_run_without_settings_has_no_horizon_and_is_one_line(tmp_path, capsys):
+    run = write_run(tmp_path / "token", rows_of([0, 1]))
+    assert run in one_error_line(capsys, "horizon", "--run", run)
 
 
 # The heatmap

@@ -1,0 +1,557 @@
+"""The study: do macro actions help PPO, and if so, why?  Not a test; it makes results/study.
+
+    python tests/study.py confirm             # two runs at a time; the same command goes on
+    python tests/study.py confirm --list      # the commands that it would run
+    python tests/study.py tables              # results/study -> tables.md, figures/*.png
+
+Every run is one `python ma_ppo.py` on one thread, without its closing picture. A part trains what
+it needs and is not there yet; parts share runs. Interrupt it (Ctrl-C) as you like.
+
+    part           runs        what it asks
+    pilot          20          seeds 0, 1: how `confirm` shall teach its critic; no claim
+    confirm        80          seeds 20 to 29: the comparisons in CLAIMS, named before they were run
+    code           50          the same ten seeds on toy-code: (a) and (b) again
+    grid           63 (51)     seeds 20 to 22: n x lambda; (those that no part before it has)
+    terminations   21 (12)     other macro actions
+    sigma          18 (12)     other values of a macro action
+    variants       18 (12)     mean rewards; two epochs, with a ratio a token and a macro action
+    critic         48 (36)     the critic's lambda x its updates x steps in which only it learns
+    good           6           a critic taught so hard that it should know what is to come
+    credit         -           the estimators against the truth, from checkpoints of `confirm`
+
+A run of the toy takes 60 to 90 s on a core of its own, with a taught critic 150 s; SFT and RM of a
+seed, made once, 270 s. All together: about five hours on two cores.
+
+Kept in results/study/TASK/seedK/NAME: metrics.jsonl (COLUMNS; `seconds` is the mean of the run) and
+config.json. runs.json has each run's command, commit, and the seconds that it took.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results" / "study"
+sys.path.insert(0, str(ROOT))
+chapter5 = importlib.import_module("eval")  # found only now
+
+TAUGHT = "--critic_lam 1 --critic_epochs 4 --value_clip 0"  # chosen on the pilots
+TEN = range(20, 30)
+THREE = range(20, 23)
+
+# Settings: {name of a run: flags of ma_ppo.py}. One name means the same run wherever it stands.
+
+
+def grid_name(arm, n, lam):
+    """What a run with this n and λ is called: `fixed` and `token` are those of n = 5, λ = .95.
+
+    >>> grid_name("token", 1, 0.95), grid_name("fixed", 2, 0.9), grid_name("fixed", 5, 1)
+    ('token', 'fixed-n2-lam.9', 'fixed-lam1')
+    """
+    name = arm
+    if arm == "fixed" and n != 5:
+        name += f"-n{n}"
+    if lam != 0.95:
+        name += f"-lam{lam:g}".replace("0.", ".")
+    return name
+
+
+def n_and_lambda():
+    """The grid; a whole response is one decision, so that λ has nothing to act on."""
+    settings = {"whole": "--arms whole"}
+    for lam in (0.9, 0.95, 0.98, 0.99, 1):
+        for n in (1, 2, 5, 10):
+            arm = "token" if n == 1 else "fixed"
+            flags = f"--arms {arm}"
+            flags += f" --n {n}" if n in (2, 10) else ""
+            flags += f" --lam {lam:g}" if lam != 0.95 else ""
+            settings[grid_name(arm, n, lam)] = flags
+    return settings
+
+
+def taught_critics():
+    """The critic's λ x updates a step x steps before the policy moves, which come on top of 60.
+
+    Without --value_clip 0 a second update would hardly get anywhere: the clip of 0.2 is in units of
+    reward. With one update it makes no difference.
+    """
+    confirmed = {flags: name for name, flags in CONFIRM.items()}  # one of these is there, too
+    settings = {"token": "--arms token", "fixed": "--arms fixed"}
+    for arm in ("token", "fixed"):
+        for lam in (0.95, 1):
+            for epochs in (1, 4):
+                for steps in (0, 20):
+                    if (lam, epochs, steps) == (0.95, 1, 0):
+                        continue  # the default, which is there already
+                    flags = f"--critic_lam {lam:g} --critic_epochs {epochs} --value_clip 0"
+                    if steps:
+                        flags += f" --critic_steps {steps} --steps {60 + steps}"
+                    name = f"{arm}-critic{lam:g}-{epochs}-{steps}".replace("0.", ".")
+                    flags = f"--arms {arm} {flags}"
+                    settings[confirmed.get(flags, name)] = flags
+    return settings
+
+
+def both(name, flags):
+    """The same flags for `token` and for `fixed`."""
+    return {f"{arm}-{name}": f"--arms {arm} {flags}" for arm in ("token", "fixed")}
+
+
+PLAIN = {
+    "token": "--arms token",
+    "fixed": "--arms fixed",
+    "control": "--arms control",
+    "token-lam1": "--arms token --lam 1",
+    "fixed-lam1": "--arms fixed --lam 1",
+}
+CONFIRM = PLAIN | both("taught", TAUGHT) | {"rloo": "--arms rloo"}
+PILOT = {
+    "token": "--arms token",
+    "fixed": "--arms fixed",
+    **both("taught-4", "--critic_lam 1 --critic_epochs 4 --value_clip 0"),
+    **both("taught-8", "--critic_lam 1 --critic_epochs 8 --value_clip 0"),
+    **both(
+        "taught-4-10",
+        "--critic_lam 1 --critic_epochs 4 --value_clip 0 --critic_steps 10 --steps 70",
+    ),
+    **both("taught-4-95", "--critic_lam .95 --critic_epochs 4 --value_clip 0"),
+}
+TERMINATIONS = {
+    name: f"--arms {name}"
+    for name in ("token", "fixed", "whole", "random", "perplexity", "sentence", "word")
+}
+SIGMA = {
+    "fixed": "--arms fixed",
+    "whole": "--arms whole",
+    "fixed-last": "--arms fixed --sigma last",
+    "fixed-decay": "--arms fixed --sigma decay",
+    "fixed-first": "--arms fixed --sigma first",
+    "whole-first": "--arms whole --sigma first",
+}
+VARIANTS = {
+    "token": "--arms token",
+    "fixed": "--arms fixed",
+    "fixed-mean": "--arms fixed --macro_reward mean",
+    "token-2epochs": "--arms token --ppo_epochs 2",
+    "fixed-2epochs": "--arms fixed --ppo_epochs 2",
+    "fixed-2epochs-macro": "--arms fixed --ppo_epochs 2 --ratio macro",
+}
+HARD = "--critic_lam 1 --critic_epochs 16 --value_clip 0 --critic_steps 20 --steps 120"
+
+
+class Part(NamedTuple):
+    """A part of the study: every setting with every seed."""
+
+    task: str
+    seeds: Iterable
+    settings: dict
+    seconds: int  # of a run, roughly, on a core of its own
+
+
+PARTS = {
+    "pilot": Part("toy", (0, 1), PILOT, 150),
+    "confirm": Part("toy", TEN, CONFIRM, 100),
+    "code": Part("toy-code", TEN, PLAIN, 70),
+    "grid": Part("toy", THREE, n_and_lambda(), 85),
+    "terminations": Part("toy", THREE, TERMINATIONS, 85),
+    "sigma": Part("toy", THREE, SIGMA, 85),
+    "variants": Part("toy", THREE, VARIANTS, 110),
+    "critic": Part("toy", THREE, taught_critics(), 125),
+    "good": Part("toy", THREE, both("good", HARD), 700),
+}
+STAGE_SECONDS = {"toy": 270, "toy-code": 100}
+
+# The comparisons that were named before the runs of `confirm` were made: (arm, baseline).
+CLAIMS = [
+    ("fixed", "token"),  # (a) are macro actions faster?
+    ("fixed", "control"),  # (b) faster than their horizon at token level? Equivalence is claimed
+    ("fixed-lam1", "token-lam1"),  # (b) and where the horizon is infinite?
+    ("fixed-taught", "token-taught"),  # (c) and with a critic that is taught on returns?
+    ("rloo", "fixed"),  # (d) is a critic needed at all?
+]
+
+
+# Running.
+
+
+@dataclass
+class Job:
+    """A process: a run, or SFT and RM of a seed, which come first."""
+
+    name: str  # TASK/seedK/NAME, the folder below runs/study and results/study
+    flags: list  # of ma_ppo.py
+    seconds: int
+
+    @property
+    def command(self):
+        """What a reader would type."""
+        return f"python ma_ppo.py {shlex.join(self.flags)}"
+
+    @property
+    def kept(self):
+        """Where its small files are kept."""
+        return RESULTS / self.name
+
+
+def stage_folder(out, task, seed):
+    """SFT and RM of a seed: its subfolders sft and reward."""
+    return Path(out) / task / f"seed{seed}"
+
+
+def jobs_of(part, out):
+    """All runs of a part, seed by seed."""
+    jobs = []
+    for seed in part.seeds:
+        stages = stage_folder(out, part.task, seed)
+        for name, flags in part.settings.items():
+            given = ["--task", part.task, "--seed", str(seed), *flags.split()]
+            given += ["--out", str(stages / name), "--sft", str(stages / "sft")]
+            if part.task == "toy":
+                given += ["--reward_model", str(stages / "reward")]
+            given += ["--keep", "3", "--resume", "auto"]
+            jobs.append(Job(f"{part.task}/seed{seed}/{name}", given, part.seconds))
+    return jobs
+
+
+def stages_of(part, jobs, out):
+    """The jobs that make SFT and RM, of those seeds that have runs to be made."""
+    stages = []
+    for seed in part.seeds:
+        name = f"{part.task}/seed{seed}"
+        needed = any(job.name.startswith(f"{name}/") for job in jobs)
+        folder = stage_folder(out, part.task, seed)
+        last = folder / ("reward" if part.task == "toy" else "sft") / "run.json"
+        if needed and not last.exists():
+            flags = ["--task", part.task, "--seed", str(seed), "--out", str(folder)]
+            stages.append(Job(name, [*flags, "--resume", "auto"], STAGE_SECONDS[part.task]))
+    return stages
+
+
+def is_kept(job):
+    """Whether all steps of a run are in results/study."""
+    try:
+        steps = json.loads((job.kept / "config.json").read_text())["steps"]
+        return len((job.kept / "metrics.jsonl").read_text().splitlines()) == steps
+    except FileNotFoundError:
+        return False
+
+
+def make(part, args):
+    """Train what a part has no results of, and keep its small files."""
+    jobs = [job for job in jobs_of(part, args.out) if not is_kept(job)]
+    stages = stages_of(part, jobs, args.out)
+    total = sum(job.seconds for job in [*stages, *jobs])
+    count = len(part.settings) * len(part.seeds)
+    minutes = total / args.workers / 60
+    print(
+        f"{count} runs, {count - len(jobs)} are there; {len(stages)} x SFT and RM; "
+        f"about {minutes:.0f} minutes with {args.workers} workers",
+        flush=True,
+    )
+    if args.list:
+        print("\n".join(job.command for job in [*stages, *jobs]))
+        return
+    commit = current_commit()
+    work(stages, "stages", args.workers, lambda job: keep_stages(job, args.out))
+    work(jobs, "run", args.workers, lambda job: keep(job, args.out, commit))
+
+
+def current_commit():
+    """The commit of the code; it ends in -changed where the chapters differ from it."""
+    commit = git("rev-parse", "--short", "HEAD")
+    changed = git("status", "--porcelain", "--", "*.py")
+    if changed:
+        print(f"warning: files that are not committed:\n{changed}")
+    return f"{commit}-changed" if changed else commit
+
+
+def git(*words):
+    """What git prints."""
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def work(jobs, mode, workers, done):
+    """Run jobs, several at a time, each in a process; call done(job) after each."""
+    stop = threading.Event()  # Ctrl-C reaches the processes, too: they save, and end
+
+    def one(job):
+        return None if stop.is_set() else run_process(job, mode)
+
+    failed = []
+    begin = time.time()
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(one, job): job for job in jobs}
+        try:
+            for number, future in enumerate(as_completed(futures), start=1):
+                job, problem = futures[future], future.result()
+                if problem:
+                    failed.append(job.name)
+                else:
+                    done(job)
+                left = (time.time() - begin) / number * (len(jobs) - number) / 60
+                place = f"[{number}/{len(jobs)}, {left:.0f} min left]"
+                print(f"{place} {job.name}: {problem or 'done'}", flush=True)
+        except KeyboardInterrupt:
+            stop.set()
+            print("interrupted: runs under way are saved; the same command goes on", flush=True)
+            raise SystemExit(130) from None
+    if failed:
+        raise SystemExit(f"error: {len(failed)} failed: {', '.join(failed)}")
+
+
+def run_process(job, mode):
+    """Run one job to its end, with one thread -> None, or the last line of its log."""
+    log = Path(job.flags[job.flags.index("--out") + 1]) / "log.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, mode, *job.flags]
+    with log.open("a") as file:
+        streams = {"stdout": file, "stderr": subprocess.STDOUT}
+        code = subprocess.run(command, cwd=ROOT, env=os.environ | quiet, **streams).returncode
+    if code == 0:
+        return None
+    lines = log.read_text().splitlines() or [""]
+    return f"exit code {code}, {log}: {lines[-1]}"
+
+
+def child(mode, flags):
+    """What a process does: the stages, or one run without its closing picture."""
+    ma_ppo = chapter5.ma_ppo
+    if mode == "stages":
+        cfg = ma_ppo.parse(flags)
+        chapter5.sft.setup(cfg.device)
+        ma_ppo.build_missing_stages(cfg)
+    else:
+        ma_ppo.draw_curves = print  # eval.py draws all runs together
+        ma_ppo.main(flags)
+
+
+# Keeping.
+
+COLUMNS = ["rm_score", "gold_score", "kl", "response_length", "eos_rate", "macro_length"]
+COLUMNS += ["explained_variance", "pass_rate"]
+AT_STEP_0 = ["rm_score_std", "gold_score_std"]
+
+
+def keep(job, out, commit):
+    """Copy the small files of a finished run to results/study."""
+    arm = job.flags[job.flags.index("--arms") + 1]
+    folder = Path(out) / job.name / arm
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    job.kept.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in small_rows(rows))
+    (job.kept / "metrics.jsonl").write_text(text)
+    (job.kept / "config.json").write_text((folder / "config.json").read_text())
+    path = RESULTS / "runs.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    seconds = round(sum(row["seconds"] for row in rows))
+    known[job.name] = {"command": job.command, "commit": commit, "seconds": seconds}
+    path.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+
+
+def small_rows(rows):
+    """The columns that tables and figures need, in six digits.
+
+    Of the timings only the mean of the run, in every row: it stands for each step's.
+    """
+    mean = rounded(fmean(row["seconds"] for row in rows))
+    small = []
+    for row in rows:
+        names = COLUMNS + (AT_STEP_0 if row["step"] == 0 else [])
+        kept = {name: rounded(row[name]) for name in names if row.get(name) is not None}
+        small.append({"step": row["step"], **kept, "seconds": mean})
+    return small
+
+
+def rounded(x):
+    """A number in six significant digits."""
+    return float(f"{x:.6g}")
+
+
+def keep_stages(job, out):
+    """Copy the results of SFT and RM."""
+    for stage in ("sft", "reward"):
+        path = Path(out) / job.name / stage / "run.json"
+        if path.exists():
+            job.kept.mkdir(parents=True, exist_ok=True)
+            (job.kept / f"{stage}.json").write_text(path.read_text())
+
+
+def examine(args):
+    """The part `credit`: estimators against the truth, from the checkpoints of two runs."""
+    runs = [Path(args.out) / "toy/seed20/token/token", Path(args.out) / "toy/seed20/fixed/fixed"]
+    flags = ["--at", "0", "20", "60", "--responses", "32", "--continuations", "8"]
+    png = ROOT / "figures" / "credit.png"
+    command = ["credit", "--run", *map(str, runs), *flags, "--png", str(png)]
+    if args.list:
+        print(f"python eval.py {shlex.join(command)}")
+        return
+    _, options = chapter5.parse(command)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "credit.md").write_text("\n".join(chapter5.credit(options)) + "\n")
+
+
+# Tables. All of them come from results/study, and from nothing else.
+
+
+def tables():
+    """Write results/study/tables.md and the figures."""
+    lines = ["Made by `python tests/study.py tables`.", ""]
+    for title, section in SECTIONS.items():
+        found = section()
+        if found:
+            lines += [f"## {title}", "", *found, ""]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "tables.md").write_text("\n".join(lines))
+    print(f"wrote {RESULTS / 'tables.md'}")
+
+
+def kept_arms(task, seeds, names):
+    """{name: {folder: rows}} of what is kept, of those seeds that have all of the names.
+
+    Of a run in which the critic learns alone at first, only the steps after that.
+    """
+    folders = [RESULTS / task / f"seed{seed}" for seed in seeds]
+    there = [x for x in folders if all((x / name / "metrics.jsonl").exists() for name in names)]
+    arms = chapter5.read_arms(there, list(names)) if there else {}
+    for runs in arms.values():
+        for folder, rows in runs.items():
+            alone = chapter5.read_settings(folder)["critic_steps"]
+            spreads = {key: rows[0][key] for key in AT_STEP_0 if key in rows[0]}
+            runs[folder] = [rows[alone] | spreads, *rows[alone + 1 :]]
+    return arms
+
+
+def measured(task, seeds, names, columns):
+    """A table of means and standard deviations over the seeds, a row a name."""
+    arms = kept_arms(task, seeds, names)
+    if not arms:
+        return []
+    count = len(next(iter(arms.values())))
+    compared = chapter5.compare(arms)
+    how = chapter5.measures_table(compared, columns, "mean", chapter5.score_names(arms))
+    return [f"{count} seeds.", "", *how]
+
+
+ALL = ["RM score", "gold score", "KL", "EOS rate", "RM 50 %", "RM 90 %", "RM area", "gold area"]
+ALL += ["explained variance", "s/step"]
+
+
+def claims(task, pairs):
+    """The lines of plain words for pairs (arm, baseline)."""
+    seeds = PARTS["confirm"].seeds
+    lines = []
+    for arm, versus in pairs:
+        arms = kept_arms(task, seeds, dict.fromkeys(["token", versus, arm]))
+        if arms:
+            names = chapter5.score_names(arms)
+            args = chapter5.Options()
+            found = chapter5.pair_lines(arm, versus, arms, chapter5.compare(arms), names, args)
+            lines += [f"- {line}" for line in found]
+    return lines
+
+
+def confirm_section():
+    """The confirmatory comparisons, and the picture of four arms."""
+    draw_arms(["token", "fixed", "control", "token-taught"], ROOT / "figures" / "study.png")
+    table = measured("toy", TEN, CONFIRM, ALL)
+    return [*table, "", *claims("toy", CLAIMS)] if table else []
+
+
+def draw_arms(names, png):
+    """Learning curves of some arms, mean and range over the ten seeds."""
+    arms = kept_arms("toy", TEN, names)
+    panels = []
+    more = {"kl": "KL to reference, nats", "explained_variance": "explained variance"}
+    for key, label in (chapter5.SCORES | more).items():
+        lines = chapter5.curve_lines(arms, key)
+        if lines:
+            panels.append(chapter5.Panel(label, "PPO steps", lines))
+    if panels:
+        chapter5.plot(png, panels, "mean of 5 steps, range")
+
+
+def code_section():
+    """(a) and (b) on programs."""
+    table = measured("toy-code", TEN, PLAIN, [*ALL, "pass rate"])
+    return [*table, "", *claims("toy-code", CLAIMS[:3])] if table else []
+
+
+def horizon_section():
+    """The grid, and its picture."""
+    arms = kept_arms("toy", THREE, n_and_lambda())
+    # The baseline of each seed must come first.
+    runs = [str(folder) for runs in arms.values() for folder in runs]
+    runs.sort(key=lambda run: not run.endswith("/token"))
+    png = str(ROOT / "figures" / "horizon.png")
+    return chapter5.horizon(chapter5.Options(run=runs, png=png)) if runs else []
+
+
+def exploratory(name):
+    """A section with the table of one part."""
+    part = PARTS[name]
+    names = part.settings
+    if "token" not in names:
+        names = {"token": "", **names}  # the baseline of the steps to parity
+    return lambda: measured(part.task, part.seeds, names, ALL)
+
+
+def credit_section():
+    """The table that the part `credit` has left: it cannot be made without the models."""
+    path = RESULTS / "credit.md"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+SECTIONS = {
+    "Confirmatory: ten seeds": confirm_section,
+    "Confirmatory: programs": code_section,
+    "Exploratory: n and λ": horizon_section,
+    "Exploratory: terminations": exploratory("terminations"),
+    "Exploratory: values of a macro action": exploratory("sigma"),
+    "Exploratory: mean rewards, macro ratios": exploratory("variants"),
+    "Exploratory: how the critic is taught": exploratory("critic"),
+    "Exploratory: a critic that is taught hard": exploratory("good"),
+    "Credit against the truth": credit_section,
+    "Pilots": exploratory("pilot"),
+}
+
+
+def main():
+    """Run the parts named on the command line."""
+    if sys.argv[1:2] in (["stages"], ["run"]):
+        child(sys.argv[1], sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", nargs="+", choices=[*PARTS, "credit", "tables"], metavar="PART")
+    parser.add_argument("--out", default="runs/study", help="where runs are trained")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--list", action="store_true", help="print commands, run nothing")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    for name in args.part:
+        if name == "tables":
+            tables()
+        elif name == "credit":
+            examine(args)
+        else:
+            make(PARTS[name], args)
+
+
+if __name__ == "__main__":
+    main()
