@@ -60,10 +60,16 @@ def test_sft_and_reward_model_train_on_one_device(device, toy, tmp_path):
 
 def test_all_arms_train_on_one_device(device, stages, tmp_path):
     flags = [*stages, *TINY, *device, "--out", str(tmp_path), "--top_k", "5", "--top_p", "0.9"]
-    ma_ppo.main([*flags, "--arms", *ARMS, "--sort_by_length", "--max_response", "4"])
+    short = ["--max_response", "4", "--micro_batch_size", "3"]
+    ma_ppo.main([*flags, "--arms", *ARMS, "--sort_by_length", *short])
 
 
-@pytest.mark.parametrize("sigma", ["last", "decay", "first"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "sigma", ["decay", pytest.param("last", marks=SLOW), pytest.param("first", marks=SLOW)]
+)
 def test_variants_train_on_one_device(device, stages, tmp_path, sigma):
     flags = [*stages, *TINY, *device, "--out", str(tmp_path), "--arms", "fixed", "--sigma", sigma]
     more = ["--macro_reward", "mean", "--ratio", "macro", "--ppo_epochs", "2", "--critic_lam", "1"]

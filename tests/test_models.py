@@ -130,7 +130,7 @@ def test_a_saved_model_and_its_critic_come_back_equal(stages, tmp_path):
         assert torch.equal(critic(batch), models["critic"](batch))
 
 
-@pytest.mark.parametrize("ratio", ["token", "macro"])
+@pytest.mark.parametrize("ratio", ["token", pytest.param("macro", marks=pytest.mark.slow)])
 def test_micro_batches_of_1_4_and_all_give_the_same_parameters_after_three_steps(tmp_path, ratio):
     torch.manual_seed(0)
     model, results = hf.LlamaForCausalLM(CONFIGS["llama"]).eval(), []
