@@ -44,6 +44,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "study"
+FIGURES = ROOT / "figures"
 sys.path.insert(0, str(ROOT))
 chapter5 = importlib.import_module("eval")  # found only now
 
@@ -191,7 +192,8 @@ class Job:
     """A process: a run, or SFT and RM of a seed, which come first."""
 
     name: str  # TASK/seedK/NAME, the folder below runs/study and results/study
-    flags: list  # of ma_ppo.py
+    settings: str  # the flags that make the run what it is
+    flags: list  # all flags of ma_ppo.py
     seconds: int
 
     @property
@@ -221,7 +223,7 @@ def jobs_of(part, out):
             if part.task == "toy":
                 given += ["--reward_model", str(stages / "reward")]
             given += ["--keep", "3", "--resume", "auto"]
-            jobs.append(Job(f"{part.task}/seed{seed}/{name}", given, part.seconds))
+            jobs.append(Job(f"{part.task}/seed{seed}/{name}", flags, given, part.seconds))
     return jobs
 
 
@@ -235,17 +237,20 @@ def stages_of(part, jobs, out):
         last = folder / ("reward" if part.task == "toy" else "sft") / "run.json"
         if needed and not last.exists():
             flags = ["--task", part.task, "--seed", str(seed), "--out", str(folder)]
-            stages.append(Job(name, [*flags, "--resume", "auto"], STAGE_SECONDS[part.task]))
+            stages.append(Job(name, "", [*flags, "--resume", "auto"], STAGE_SECONDS[part.task]))
     return stages
 
 
 def is_kept(job):
-    """Whether all steps of a run are in results/study."""
-    try:
-        steps = json.loads((job.kept / "config.json").read_text())["steps"]
-        return len((job.kept / "metrics.jsonl").read_text().splitlines()) == steps
-    except FileNotFoundError:
-        return False
+    """Whether results/study has the run, and with these settings."""
+    there = (job.kept / "config.json").exists()
+    return there and known_runs().get(job.name, {}).get("settings") == job.settings
+
+
+def known_runs():
+    """runs.json: {name of a run: how it was made}."""
+    path = RESULTS / "runs.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def make(part, args):
@@ -271,7 +276,7 @@ def make(part, args):
 def current_commit():
     """The commit of the code; it ends in -changed where the chapters differ from it."""
     commit = git("rev-parse", "--short", "HEAD")
-    changed = git("status", "--porcelain", "--", "*.py")
+    changed = git("status", "--porcelain", "--", ":(glob)*.py")  # the chapters
     if changed:
         print(f"warning: files that are not committed:\n{changed}")
     return f"{commit}-changed" if changed else commit
@@ -356,11 +361,10 @@ def keep(job, out, commit):
     text = "".join(json.dumps(row) + "\n" for row in small_rows(rows))
     (job.kept / "metrics.jsonl").write_text(text)
     (job.kept / "config.json").write_text((folder / "config.json").read_text())
-    path = RESULTS / "runs.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    seconds = round(sum(row["seconds"] for row in rows))
-    known[job.name] = {"command": job.command, "commit": commit, "seconds": seconds}
-    path.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+    made = {"settings": job.settings, "command": job.command, "commit": commit}
+    made["seconds"] = round(sum(row["seconds"] for row in rows))
+    known = known_runs() | {job.name: made}
+    (RESULTS / "runs.json").write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
 
 
 def small_rows(rows):
@@ -395,7 +399,7 @@ def examine(args):
     """The part `credit`: estimators against the truth, from the checkpoints of two runs."""
     runs = [Path(args.out) / "toy/seed20/token/token", Path(args.out) / "toy/seed20/fixed/fixed"]
     flags = ["--at", "0", "20", "60", "--responses", "32", "--continuations", "8"]
-    png = ROOT / "figures" / "credit.png"
+    png = FIGURES / "credit.png"
     command = ["credit", "--run", *map(str, runs), *flags, "--png", str(png)]
     if args.list:
         print(f"python eval.py {shlex.join(command)}")
@@ -467,7 +471,7 @@ def claims(task, pairs):
 
 def confirm_section():
     """The confirmatory comparisons, and the picture of four arms."""
-    draw_arms(["token", "fixed", "control", "token-taught"], ROOT / "figures" / "study.png")
+    draw_arms(["token", "fixed", "control", "token-taught"], FIGURES / "study.png")
     table = measured("toy", TEN, CONFIRM, ALL)
     return [*table, "", *claims("toy", CLAIMS)] if table else []
 
@@ -497,7 +501,7 @@ def horizon_section():
     # The baseline of each seed must come first.
     runs = [str(folder) for runs in arms.values() for folder in runs]
     runs.sort(key=lambda run: not run.endswith("/token"))
-    png = str(ROOT / "figures" / "horizon.png")
+    png = str(FIGURES / "horizon.png")
     return chapter5.horizon(chapter5.Options(run=runs, png=png)) if runs else []
 
 
