@@ -86,8 +86,7 @@ def write_run(job, seed, out):
 
 
 def test_all_tables_and_figures_come_from_results_alone(results):
-    study.tables()
-    text = (results / "tables.md").read_text()
+    text = study.tables()
     for title in study.SECTIONS:
         assert (f"## {title}" in text) == (title != "Credit against the truth")  # no such file
     claimed = "- fixed - token, RM area: +0.50 (95 % 0.50 to 0.50, p = .500, 2 seeds)"
@@ -96,9 +95,14 @@ def test_all_tables_and_figures_come_from_results_alone(results):
     assert "±1.00" in text  # a quarter of the spread at step 0
     for name in ("study.png", "horizon.png"):
         assert (study.FIGURES / name).read_bytes().startswith(b"\x89PNG")
-    before = text
-    study.tables()
-    assert (results / "tables.md").read_text() == before
+
+
+def test_the_tables_that_are_kept_are_those_that_the_kept_runs_give(tmp_path, monkeypatch):
+    kept = study.RESULTS / "tables.md"
+    if not kept.exists():
+        pytest.skip("the study has not been run yet")
+    monkeypatch.setattr(study, "FIGURES", tmp_path)
+    assert study.tables() == kept.read_text()
 
 
 def test_steps_in_which_only_the_critic_learns_are_no_part_of_the_comparison(results):
