@@ -9,7 +9,7 @@ baseline's score, and how soon another run gets there:
     target = start + share * (end - start)                    of the baseline, the first run named
     parity = steps of this run to the target / steps of the baseline to it        0.5: twice as fast
 
-    python eval.py report runs/toy                            # all that follows: runs/toy/report.md
+    python eval.py report runs/toy                            # most of it: runs/toy/report.md
     python eval.py curves --run runs/toy --png curves.png     # while training runs, too
     python eval.py seeds --run runs/seed* --arms token fixed control      # with paired differences
     python eval.py heatmap --run runs/toy/token runs/toy/fixed --png heatmap.png
@@ -1963,7 +1963,9 @@ def draw_line(ax, line, color):
 def logarithmic(ax, infinity):
     """A logarithmic x-axis that ends in ∞."""
     ax.set_xscale("log")
-    powers = [10**k for k in range(9) if 10**k < infinity / 3]
+    left = ax.dataLim.x0 / 1.5
+    ax.set_xlim(left, infinity * 1.5)
+    powers = [10**k for k in range(9) if left < 10**k < infinity / 3]
     ax.set_xticks([*powers, infinity], [*map(str, powers), "∞"])
     ax.minorticks_off()
 

@@ -17,10 +17,10 @@ it needs and is not there yet; parts share runs. Interrupt it (Ctrl-C) as you li
     variants       18 (12)     mean rewards; two epochs, with a ratio a token and a macro action
     critic         48 (36)     the critic's lambda x its updates x steps in which only it learns
     good           6           a critic taught so hard that it should know what is to come
-    credit         -           the estimators against the truth, from checkpoints of `confirm`
+    credit         -           the estimators against the truth: 30 minutes, after `confirm`
 
-A run of the toy takes 60 to 90 s on a core of its own, with a taught critic 150 s; SFT and RM of a
-seed, made once, 270 s. All together: about five hours on two cores.
+A run of the toy takes 90 to 110 s of a core (rloo 80, a critic with four updates a step 190), SFT
+and RM of a seed, made once, 300 s. All together: under six hours on two cores.
 
 Kept in results/study/TASK/seedK/NAME: metrics.jsonl (COLUMNS; `seconds` is the mean of the run) and
 config.json. runs.json has each run's command, commit, and the seconds that it took.
@@ -44,6 +44,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "study"
+FIGURES = ROOT / "figures"
 sys.path.insert(0, str(ROOT))
 chapter5 = importlib.import_module("eval")  # found only now
 
@@ -148,7 +149,7 @@ VARIANTS = {
     "fixed-2epochs": "--arms fixed --ppo_epochs 2",
     "fixed-2epochs-macro": "--arms fixed --ppo_epochs 2 --ratio macro",
 }
-HARD = "--critic_lam 1 --critic_epochs 16 --value_clip 0 --critic_steps 20 --steps 120"
+HARD = "--critic_lam 1 --critic_epochs 8 --value_clip 0 --critic_steps 20 --steps 120"
 
 
 class Part(NamedTuple):
@@ -161,17 +162,17 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "pilot": Part("toy", (0, 1), PILOT, 150),
-    "confirm": Part("toy", TEN, CONFIRM, 100),
-    "code": Part("toy-code", TEN, PLAIN, 70),
-    "grid": Part("toy", THREE, n_and_lambda(), 85),
-    "terminations": Part("toy", THREE, TERMINATIONS, 85),
-    "sigma": Part("toy", THREE, SIGMA, 85),
-    "variants": Part("toy", THREE, VARIANTS, 110),
-    "critic": Part("toy", THREE, taught_critics(), 125),
-    "good": Part("toy", THREE, both("good", HARD), 700),
+    "pilot": Part("toy", (0, 1), PILOT, 185),
+    "confirm": Part("toy", TEN, CONFIRM, 125),
+    "code": Part("toy-code", TEN, PLAIN, 80),
+    "grid": Part("toy", THREE, n_and_lambda(), 107),
+    "terminations": Part("toy", THREE, TERMINATIONS, 107),
+    "sigma": Part("toy", THREE, SIGMA, 107),
+    "variants": Part("toy", THREE, VARIANTS, 130),
+    "critic": Part("toy", THREE, taught_critics(), 165),
+    "good": Part("toy", THREE, both("good", HARD), 600),
 }
-STAGE_SECONDS = {"toy": 270, "toy-code": 100}
+STAGE_SECONDS = {"toy": 300, "toy-code": 100}
 
 # The comparisons that were named before the runs of `confirm` were made: (arm, baseline).
 CLAIMS = [
@@ -191,7 +192,8 @@ class Job:
     """A process: a run, or SFT and RM of a seed, which come first."""
 
     name: str  # TASK/seedK/NAME, the folder below runs/study and results/study
-    flags: list  # of ma_ppo.py
+    settings: str  # the flags that make the run what it is
+    flags: list  # all flags of ma_ppo.py
     seconds: int
 
     @property
@@ -221,7 +223,7 @@ def jobs_of(part, out):
             if part.task == "toy":
                 given += ["--reward_model", str(stages / "reward")]
             given += ["--keep", "3", "--resume", "auto"]
-            jobs.append(Job(f"{part.task}/seed{seed}/{name}", given, part.seconds))
+            jobs.append(Job(f"{part.task}/seed{seed}/{name}", flags, given, part.seconds))
     return jobs
 
 
@@ -235,17 +237,20 @@ def stages_of(part, jobs, out):
         last = folder / ("reward" if part.task == "toy" else "sft") / "run.json"
         if needed and not last.exists():
             flags = ["--task", part.task, "--seed", str(seed), "--out", str(folder)]
-            stages.append(Job(name, [*flags, "--resume", "auto"], STAGE_SECONDS[part.task]))
+            stages.append(Job(name, "", [*flags, "--resume", "auto"], STAGE_SECONDS[part.task]))
     return stages
 
 
 def is_kept(job):
-    """Whether all steps of a run are in results/study."""
-    try:
-        steps = json.loads((job.kept / "config.json").read_text())["steps"]
-        return len((job.kept / "metrics.jsonl").read_text().splitlines()) == steps
-    except FileNotFoundError:
-        return False
+    """Whether results/study has the run, and with these settings."""
+    there = (job.kept / "config.json").exists()
+    return there and known_runs().get(job.name, {}).get("settings") == job.settings
+
+
+def known_runs():
+    """runs.json: {name of a run: how it was made}."""
+    path = RESULTS / "runs.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def make(part, args):
@@ -271,7 +276,7 @@ def make(part, args):
 def current_commit():
     """The commit of the code; it ends in -changed where the chapters differ from it."""
     commit = git("rev-parse", "--short", "HEAD")
-    changed = git("status", "--porcelain", "--", "*.py")
+    changed = git("status", "--porcelain", "--", ":(glob)*.py")  # the chapters
     if changed:
         print(f"warning: files that are not committed:\n{changed}")
     return f"{commit}-changed" if changed else commit
@@ -356,11 +361,10 @@ def keep(job, out, commit):
     text = "".join(json.dumps(row) + "\n" for row in small_rows(rows))
     (job.kept / "metrics.jsonl").write_text(text)
     (job.kept / "config.json").write_text((folder / "config.json").read_text())
-    path = RESULTS / "runs.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    seconds = round(sum(row["seconds"] for row in rows))
-    known[job.name] = {"command": job.command, "commit": commit, "seconds": seconds}
-    path.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+    made = {"settings": job.settings, "command": job.command, "commit": commit}
+    made["seconds"] = round(sum(row["seconds"] for row in rows))
+    known = known_runs() | {job.name: made}
+    (RESULTS / "runs.json").write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
 
 
 def small_rows(rows):
@@ -395,7 +399,7 @@ def examine(args):
     """The part `credit`: estimators against the truth, from the checkpoints of two runs."""
     runs = [Path(args.out) / "toy/seed20/token/token", Path(args.out) / "toy/seed20/fixed/fixed"]
     flags = ["--at", "0", "20", "60", "--responses", "32", "--continuations", "8"]
-    png = ROOT / "figures" / "credit.png"
+    png = FIGURES / "credit.png"
     command = ["credit", "--run", *map(str, runs), *flags, "--png", str(png)]
     if args.list:
         print(f"python eval.py {shlex.join(command)}")
@@ -409,15 +413,13 @@ def examine(args):
 
 
 def tables():
-    """Write results/study/tables.md and the figures."""
+    """All tables, as the text of results/study/tables.md; the figures are drawn."""
     lines = ["Made by `python tests/study.py tables`.", ""]
     for title, section in SECTIONS.items():
         found = section()
         if found:
             lines += [f"## {title}", "", *found, ""]
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "tables.md").write_text("\n".join(lines))
-    print(f"wrote {RESULTS / 'tables.md'}")
+    return "\n".join(lines)
 
 
 def kept_arms(task, seeds, names):
@@ -467,7 +469,7 @@ def claims(task, pairs):
 
 def confirm_section():
     """The confirmatory comparisons, and the picture of four arms."""
-    draw_arms(["token", "fixed", "control", "token-taught"], ROOT / "figures" / "study.png")
+    draw_arms(["token", "fixed", "control", "token-taught"], FIGURES / "study.png")
     table = measured("toy", TEN, CONFIRM, ALL)
     return [*table, "", *claims("toy", CLAIMS)] if table else []
 
@@ -497,7 +499,7 @@ def horizon_section():
     # The baseline of each seed must come first.
     runs = [str(folder) for runs in arms.values() for folder in runs]
     runs.sort(key=lambda run: not run.endswith("/token"))
-    png = str(ROOT / "figures" / "horizon.png")
+    png = str(FIGURES / "horizon.png")
     return chapter5.horizon(chapter5.Options(run=runs, png=png)) if runs else []
 
 
@@ -546,7 +548,8 @@ def main():
     os.chdir(ROOT)
     for name in args.part:
         if name == "tables":
-            tables()
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            (RESULTS / "tables.md").write_text(tables())
         elif name == "credit":
             examine(args)
         else:

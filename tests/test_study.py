@@ -1,0 +1,123 @@
+"""The study: its runs are what its docstring says, and its tables come from results/study alone."""
+
+import json
+import re
+
+import pytest
+import study
+
+
+def every_job():
+    return [job for part in study.PARTS.values() for job in study.jobs_of(part, "runs/study")]
+
+
+def test_one_name_means_one_run_wherever_it_stands():
+    made = {}
+    for job in every_job():
+        assert made.setdefault(job.name, job.flags) == job.flags
+    settings = {}
+    for job in every_job():
+        folder = job.name.rsplit("/", 1)[0]
+        # Two names for the same settings would be trained twice.
+        assert settings.setdefault((folder, job.settings), job.name) == job.name
+
+
+def test_the_docstring_counts_the_runs_of_every_part():
+    seen = set()
+    for name, part in study.PARTS.items():
+        (line,) = re.findall(rf"^    {name} +(\d+)(?: \((\d+)\))?", study.__doc__, re.MULTILINE)
+        jobs = {job.name for job in study.jobs_of(part, "runs/study")}
+        assert int(line[0]) == len(jobs)
+        assert int(line[1] or line[0]) == len(jobs - seen)  # in brackets: new ones
+        seen |= jobs
+
+
+def test_every_run_has_settings_that_chapter_4_accepts(tmp_path, monkeypatch):
+    monkeypatch.setattr(study.chapter5.ma_ppo, "check_folders", lambda cfg: None)
+    for part in study.PARTS.values():
+        for job in study.jobs_of(part, tmp_path)[: len(part.settings)]:
+            study.chapter5.ma_ppo.parse(job.flags)
+
+
+def test_small_rows_keep_what_tables_need_in_six_digits():
+    rows = []
+    for step in range(2):
+        row = {"step": step, "rm_score": 1 / 3, "gold_score": None, "rm_score_std": 2.0}
+        rows.append(row | {"kl": 123456.789, "policy_loss": 1.0, "seconds": 1.0 + step})
+    first, second = study.small_rows(rows)
+    assert second == {"step": 1, "rm_score": 0.333333, "kl": 123457.0, "seconds": 1.5}
+    assert first == second | {"step": 0, "rm_score_std": 2.0}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """results/study, with invented runs of two seeds of every part."""
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(study, "FIGURES", tmp_path / "figures")
+    known = {}
+    for part in study.PARTS.values():
+        for job in study.jobs_of(part, tmp_path):
+            seed = int(job.name.split("seed")[1].split("/")[0])
+            if seed in (0, 1, 20, 21):
+                write_run(job, seed, tmp_path)
+                known[job.name] = {"settings": job.settings}
+    (study.RESULTS / "runs.json").write_text(json.dumps(known))
+    return study.RESULTS
+
+
+def write_run(job, seed, out):
+    """Ten steps of a score that rises by 1 a step, and in `fixed` is higher by .5."""
+    cfg = vars(study.chapter5.ma_ppo.Config()) | {"seed": seed, "arm": job.settings.split()[1]}
+    flags = job.settings.split()
+    for name in ("lam", "n", "critic_steps"):
+        if f"--{name}" in flags:
+            cfg[name] = json.loads(flags[flags.index(f"--{name}") + 1])
+    rows = []
+    for step in range(10 + cfg["critic_steps"]):
+        score = seed + step + 0.5 * job.name.endswith("/fixed")
+        row = {"step": step, "rm_score": score, "gold_score": score, "kl": 0.1 * step}
+        row |= {"response_length": 80.0, "eos_rate": 1.0, "macro_length": 5.0, "seconds": 1.0}
+        rows.append(row | {"explained_variance": 0.1})
+    rows[0] |= {"rm_score_std": 4.0, "gold_score_std": 4.0}
+    job.kept.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (job.kept / "metrics.jsonl").write_text(text)
+    (job.kept / "config.json").write_text(json.dumps(cfg))
+
+
+def test_all_tables_and_figures_come_from_results_alone(results):
+    text = study.tables()
+    for title in study.SECTIONS:
+        assert (f"## {title}" in text) == (title != "Credit against the truth")  # no such file
+    claimed = "- fixed - token, RM area: +0.50 (95 % 0.50 to 0.50, p = .500, 2 seeds)"
+    assert f"{claimed}: equivalent within ±2.50, though different" in text  # a tenth of 25
+    assert "- fixed - control, RM score: +0.50" in text
+    assert "±1.00" in text  # a quarter of the spread at step 0
+    for name in ("study.png", "horizon.png"):
+        assert (study.FIGURES / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tables_that_are_kept_are_those_that_the_kept_runs_give(tmp_path, monkeypatch):
+    kept = study.RESULTS / "tables.md"
+    if not kept.exists():
+        pytest.skip("the study has not been run yet")
+    monkeypatch.setattr(study, "FIGURES", tmp_path)
+    assert study.tables() == kept.read_text()
+
+
+def test_steps_in_which_only_the_critic_learns_are_no_part_of_the_comparison(results):
+    names = ["token", "token-critic1-1-20"]
+    arms = study.kept_arms("toy", (20, 21), names)
+    for name in names:
+        assert [len(rows) for rows in arms[name].values()] == [10, 10]
+    (first, _) = arms["token-critic1-1-20"].values()
+    assert first[0]["step"] == 20 and first[0]["rm_score_std"] == 4.0
+
+
+def test_a_run_counts_as_kept_only_with_the_same_settings(results):
+    job = study.jobs_of(study.PARTS["confirm"], "runs/study")[0]
+    assert study.is_kept(job)
+    job.settings += " --lam 0.5"
+    assert not study.is_kept(job)
+    missing = study.jobs_of(study.PARTS["confirm"], "runs/study")[-1]  # of seed 29
+    assert not study.is_kept(missing)
