@@ -181,9 +181,9 @@ class Batch:
 def make_batch(prompts, responses, pad, device):
     """Lay token lists out as a `Batch`.  prompts, responses: B token lists each; pad: id for gaps.
 
-    PAD must be another token than the end mark EOS. Much code, also outside of this repository,
-    finds padding by its id. Where PAD is EOS, it takes the end mark for padding too, and a model
-    that never sees an end never learns to stop. (Our own masks come from the lengths.)
+    PAD must be another token than the end mark EOS. Our own masks come from the lengths, but much
+    other code, which reads what we save, finds padding by its id. Where PAD is EOS, it takes the
+    end mark for padding too, and a model that never sees an end never learns to stop.
     """
     P = max(len(prompt) for prompt in prompts)
     T = max(1, *(len(response) for response in responses))
@@ -1076,11 +1076,11 @@ TASK_FLAGS = {  # {task: {chapter: flags}}
 }
 PROGRAMS = ("toy-code", "apps")
 # A pretrained model would forget what it knows at the rates of a small new one: with --model,
-# those of the paper's 2B model are put in front.
+# those of the paper's 2B model are put in front, and micro-batches that leave room in memory.
 PRETRAINED = {
-    "sft": "--lr 5e-5",
-    "reward": "--lr 1e-5",
-    "ma_ppo": "--lr 1.5e-5 --critic_lr 1.5e-5",
+    "sft": "--micro_batch_size 8 --lr 5e-5",
+    "reward": "--micro_batch_size 8 --lr 1e-5",
+    "ma_ppo": "--micro_batch_size 8 --lr 1.5e-5 --critic_lr 1.5e-5",
 }
 # The paper's settings (its appendix), for each model and task.
 TEXTS = "--max_prompt 512 --max_response 512 --micro_batch_size 4 --epochs 1"
