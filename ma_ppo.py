@@ -702,6 +702,7 @@ def policy_losses(rollout, policy, token_count, cfg, seen):
     """
 
     def one_loss(rows, batch):
+        """The loss of the responses with these row numbers [b]."""
         T = batch.mask.shape[1]
         old = rollout.logprobs[rows, :T]  # [b, T]
         advantages = rollout.advantages[rows, :T]  # [b, T]
@@ -721,6 +722,7 @@ def value_losses(rollout, critic, token_count, cfg):
     """A function for each micro-batch that computes its share of the value loss."""
 
     def one_loss(rows, batch):
+        """The loss of the responses with these row numbers [b]."""
         T = batch.mask.shape[1]
         values = state_values(critic, batch)  # [b, T]
         old, returns = rollout.values[rows, :T], rollout.returns[rows, :T]  # [b, T]
