@@ -270,10 +270,11 @@ def all_sum(x):
 
 def gather(items):
     """Every rank's list, concatenated in rank order: after `my_share`, the global order."""
-    parts = [list(items)]
+    mine = list(items)
+    parts = [mine]
     if world() > 1:
         parts = [None] * world()
-        dist.all_gather_object(parts, list(items))
+        dist.all_gather_object(parts, mine)
     return [item for part in parts for item in part]
 
 
