@@ -1118,4 +1118,4 @@ def check_folders(cfg):
 
 
 if __name__ == "__main__":
-    record(main)()  # torchrun shows the error of the rank that failed first
+    record(main)()  # so that torchrun can show the error of a rank that failed

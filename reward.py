@@ -960,4 +960,4 @@ def check_vocabulary(model, folder, tokenizer):
 
 
 if __name__ == "__main__":
-    record(main)()  # torchrun shows the error of the rank that failed first
+    record(main)()  # so that torchrun can show the error of a rank that failed

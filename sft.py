@@ -2622,4 +2622,4 @@ def code_row(index):
 
 
 if __name__ == "__main__":
-    record(main)()  # torchrun shows the error of the rank that failed first
+    record(main)()  # so that torchrun can show the error of a rank that failed
