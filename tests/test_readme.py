@@ -16,6 +16,7 @@ import segment
 import sft
 
 ROOT = Path(__file__).parent.parent
+RUNS = re.compile(r"\b(python|torchrun)\b.* (sft|reward|segment|ma_ppo|eval)\.py\b")
 CONFIGS = {"sft": sft.Config, "reward": reward.Config, "ma_ppo": ma_ppo.Config}
 
 
@@ -45,7 +46,7 @@ def commands():
                 for command in re.split(r"&&|; (?:do|done)|; ", line.split("  #")[0]):
                     for variable, value in variables.items():
                         command = command.replace(f"${variable}", value)
-                    if re.search(r"\b(python|torchrun)\b.*\.py\b", command):
+                    if RUNS.search(command):
                         found.append((name, shlex.split(command)))
     return found
 
