@@ -66,12 +66,7 @@ def split(words):
 
 def test_the_commands_are_found():
     assert len(COMMANDS) > 40
-    assert {split(words)[0] for _, words in COMMANDS} == {
-        *CONFIGS,
-        "segment",
-        "eval",
-        "tests/kills",
-    }
+    assert {split(words)[0] for _, words in COMMANDS} == {*CONFIGS, "segment", "eval"}
 
 
 @pytest.mark.parametrize(
