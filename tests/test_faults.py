@@ -59,7 +59,9 @@ def test_a_stopped_rank_ends_the_other_after_the_timeout(fault):
     at = command_at("torch.Tensor.backward", 4, "kill -STOP {pid}")
     codes, printed = fault("sft", at, "--timeout", 4)
     assert codes == [1, KILLED]
-    assert "Timed out waiting 4000ms" in line_with("RuntimeError", printed)
+    # gloo's words depend on which of the sums under way notices first.
+    line = line_with("RuntimeError", printed)
+    assert "Timed out waiting 4000ms" in line or "Application timeout" in line
 
 
 @pytest.mark.slow
