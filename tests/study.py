@@ -8,7 +8,7 @@ Every run is one `python ma_ppo.py` on one thread, without its closing picture. 
 it needs and is not there yet; parts share runs. Interrupt it (Ctrl-C) as you like.
 
     part           runs        what it asks
-    pilot          20          seeds 0, 1: how `confirm` shall teach its critic; no claim
+    pilot          8           seeds 0, 1: how `confirm` shall teach its critic; no claim
     confirm        80          seeds 20 to 29: the comparisons in CLAIMS, named before they were run
     code           50          the same ten seeds on toy-code: (a) and (b) again
     grid           63 (51)     seeds 20 to 22: n x lambda; (those that no part before it has)
@@ -120,14 +120,11 @@ PLAIN = {
 CONFIRM = PLAIN | both("taught", TAUGHT) | {"rloo": "--arms rloo"}
 PILOT = {
     "token": "--arms token",
-    "fixed": "--arms fixed",
-    **both("taught-4", "--critic_lam 1 --critic_epochs 4 --value_clip 0"),
-    **both("taught-8", "--critic_lam 1 --critic_epochs 8 --value_clip 0"),
-    **both(
-        "taught-4-10",
-        "--critic_lam 1 --critic_epochs 4 --value_clip 0 --critic_steps 10 --steps 70",
+    "token-taught-4": "--arms token --critic_lam 1 --critic_epochs 4 --value_clip 0",
+    "token-taught-8": "--arms token --critic_lam 1 --critic_epochs 8 --value_clip 0",
+    "token-taught-4-10": (
+        "--arms token --critic_lam 1 --critic_epochs 4 --value_clip 0 --critic_steps 10 --steps 70"
     ),
-    **both("taught-4-95", "--critic_lam .95 --critic_epochs 4 --value_clip 0"),
 }
 TERMINATIONS = {
     name: f"--arms {name}"
