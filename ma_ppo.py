@@ -940,7 +940,7 @@ def log(run, step, rollout, examples, losses, clock, tokenizer):
     """Write this step's metrics, and now and then some responses."""
     seconds = sft.timings(clock, PHASES)
     row = {"step": step} | summary(rollout, tokenizer) | losses | seconds
-    row |= speeds(rollout, seconds, run.cfg)
+    row |= speeds(rollout, seconds, run.state.models, run.cfg)
     run.log(row, "rm_score", rollout.tokens)
     if step % 10 == 0 or step == run.cfg.steps - 1:
         run.append("samples.jsonl", sample_rows(step, rollout, examples, tokenizer))
@@ -982,15 +982,70 @@ def summary(rollout, tokenizer):
     }
 
 
-def speeds(rollout, seconds, cfg):
-    """Tokens per second of all ranks: sampled ones, judged ones and those learned from."""
+def speeds(rollout, seconds, models, cfg):
+    """Tokens per second of all ranks: sampled ones, judged ones and those learned from.
+
+    On a GPU of CARDS also model-FLOPs utilisation (mfu_*): which share of what the card could
+    compute in that time the models needed. What is computed twice, or for padding, does not count.
+    """
     sampled = float(sft.all_sum(rollout.batch.mask.sum().cpu()))
     read = float(sft.all_sum(rollout.batch.attention.sum().cpu()))  # with the prompts
-    return {
+    found = {
         "tokens_per_second_sample": sampled / seconds["seconds_sample"],
         "tokens_per_second_judge": read / seconds["seconds_judge"],
         "tokens_per_second_update": read * cfg.ppo_epochs / seconds["seconds_update"],
     }
+    speed = card_speed(models["policy"])
+    if speed:
+        for phase, count in phase_flops(rollout.batch, models, cfg).items():
+            possible = seconds[f"seconds_{phase}"] * speed * sft.world()
+            found[f"mfu_{phase}"] = float(sft.all_sum(count)) / possible
+    return found
+
+
+# Multiplications and additions per second in bf16, dense, by the makers' data sheets.
+CARDS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+def card_speed(model):
+    """FLOPs per second that the model's card can do; None where it is unknown, or none is used."""
+    if model.device.type != "cuda" or not model.bf16:
+        return None
+    name = torch.cuda.get_device_name(model.device)
+    return next((speed for card, speed in CARDS.items() if card in name), None)
+
+
+def phase_flops(batch, models, cfg):
+    """How many multiplications and additions the models need for this rank's rollout, by phase."""
+    once = {name: forward_flops(model, batch.attention) for name, model in models.items()}
+    critic_epochs = cfg.ppo_epochs if cfg.critic_epochs is None else cfg.critic_epochs
+    learned = cfg.ppo_epochs * once["policy"] + critic_epochs * once.get("critic", 0)
+    return {
+        "sample": once["policy"],  # thanks to the cache, no more than for reading the text
+        "judge": sum(once.values()),
+        "update": 3 * learned,  # backward: for the weights' gradients, and for the inputs'
+    }
+
+
+def forward_flops(model, attention):
+    """FLOPs of reading rows of text once.  attention: [B, P+T], 1 for real tokens.
+
+    N weights: each multiplies a number and adds it, 2 N a token (and 6 N where it is trained).
+    Attention: in each layer a token's query meets all keys before it, half of the row on average,
+    and its values are added up: 2 x 2 x width x length / 2 a token.
+    """
+    config = getattr(model, "trunk", model).config
+    weights = 0
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        looked_up = isinstance(module, torch.nn.Embedding)
+        if weight is not None and weight.dim() == 2 and not looked_up:
+            weights += weight.numel()
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    lengths = attention.sum(1).double()  # [B]
+    of_attention = 2 * config.num_hidden_layers * width * float((lengths**2).sum())
+    return 2 * weights * float(lengths.sum()) + of_attention
 
 
 def describe_ratios(ratio, clip):

@@ -15,6 +15,7 @@ from functools import cache
 
 import pytest
 import runs
+import second_device  # noqa: F401  PyTorch counts devices before its first backward pass, only then
 from helpers import PPO_FLAGS, TOY_ARMS, Pipeline
 from hypothesis import HealthCheck, settings
 

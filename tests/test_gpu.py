@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import ma_ppo
 import reward
@@ -177,6 +187,53 @@ def test_rows_of_similar_length_are_judged_together_with_the_same_result(toy):
     assert columns < batch.tokens.numel()
     again = ma_ppo.micro_batches(batch, 2)
     assert torch.equal(torch.cat([part.tokens for _, part in again]), batch.tokens)
+
+
+def tiny_models():
+    """Models of three kinds of layers: separate output matrix, transposed matrices, tied output."""
+    sizes = {"hidden_size": 64, "intermediate_size": 200, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    yield LlamaForCausalLM(LlamaConfig(vocab_size=500, **sizes, **heads))
+    yield GPT2LMHeadModel(GPT2Config(vocab_size=500, n_embd=64, n_layer=2, n_head=4))
+    yield Gemma2ForCausalLM(Gemma2Config(vocab_size=500, **sizes, **heads, head_dim=32))
+
+
+def test_the_flops_of_a_model_are_those_that_pytorch_counts():
+    tokens = torch.randint(0, 500, (4, 32))
+    for model in tiny_models():
+        with FlopCounterMode(display=False) as counter:
+            model(tokens).logits.sum().backward()
+        found = 3 * ma_ppo.forward_flops(model, torch.ones_like(tokens))
+        # PyTorch counts attention's future half or leaves it out, and not the first layer's inputs.
+        assert found == pytest.approx(counter.get_total_flops(), rel=0.06), type(model).__name__
+
+
+def test_utilisation_is_the_models_flops_by_what_the_card_could_have_done(toy, monkeypatch):
+    policy, _ = sft.load_causal_lm(str(toy.folder / "sft"))
+    models = {"policy": policy, "reference": policy}
+    batch = sft.make_batch([[5, 6], [7]], [[8], [9, 10]], 0, "cpu")
+    rollout = ma_ppo.Rollout(batch, [], [], [])
+    seconds = {f"seconds_{phase}": 2.0 for phase in ("sample", "judge", "update")}
+    cfg = ma_ppo.Config(ppo_epochs=2)
+    assert not any("mfu" in name for name in ma_ppo.speeds(rollout, seconds, models, cfg))
+    once = ma_ppo.forward_flops(policy, batch.attention)
+    monkeypatch.setattr(ma_ppo, "card_speed", lambda model: 10 * once)
+    found = ma_ppo.speeds(rollout, seconds, models, cfg)
+    shares = [found[f"mfu_{phase}"] for phase in ("sample", "judge", "update")]
+    assert shares == pytest.approx([1 / 20, 2 / 20, 3 * 2 / 20])  # rloo: no critic
+
+
+def test_a_card_is_known_by_its_name(monkeypatch):
+    class Model:
+        device = torch.device("cuda")
+        bf16 = True
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert ma_ppo.card_speed(Model) == 989e12
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "something else")
+    assert ma_ppo.card_speed(Model) is None
+    Model.device = torch.device("cpu")
+    assert ma_ppo.card_speed(Model) is None
 
 
 # On paper: the memory table of results/README.md

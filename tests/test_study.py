@@ -105,6 +105,38 @@ def test_the_tables_that_are_kept_are_those_that_the_kept_runs_give(tmp_path, mo
     assert study.tables() == kept.read_text()
 
 
+def rows_of(text):
+    """All tables in Markdown: a list of ({column: cell} of a row)."""
+    rows, columns = [], None
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line[:1] == "|" else None
+        if not cells:
+            columns = None
+        elif columns is None:
+            columns = cells
+        elif set("".join(cells)) - set("-"):
+            rows.append(dict(zip(columns, cells, strict=True)))
+    return rows
+
+
+def test_what_the_readmes_say_of_the_study_stands_in_its_tables():
+    kept = (study.RESULTS / "tables.md").read_text()
+    known = rows_of(kept)
+    front = (study.ROOT / "README.md").read_text()
+    results = (study.ROOT / "results" / "README.md").read_text()
+    section = results.split("### What came out")[1].split("\n## ")[0]
+    found = [row for row in rows_of(front) + rows_of(section) if "RM area" in row]
+    assert len(found) >= 18  # 6 on the front page; 8, and 4 pilots
+    for row in found:
+        assert any(row.items() <= other.items() for other in known), row
+    interval = r"([+-]\d\.\d\d),?\s\(?95\s%\s(-?\d\.\d\d)\sto\s(-?\d\.\d\d)"
+    told = re.findall(interval, front) + re.findall(interval, section)
+    assert len(told) == 23  # 8 on the front page, 5 comparisons of 3 measures
+    assert set(told) <= set(re.findall(interval, kept))
+    claimed = [line for line in section.splitlines() if line.startswith("- ") and "95 %" in line]
+    assert len(claimed) == 15 and set(claimed) <= set(kept.splitlines())
+
+
 def test_steps_in_which_only_the_critic_learns_are_no_part_of_the_comparison(results):
     names = ["token", "token-critic1-1-20"]
     arms = study.kept_arms("toy", (20, 21), names)
