@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     Gemma2Config,
@@ -28,6 +30,13 @@ import sft
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--steps", "1", "--batch_size", "4", "--micro_batch_size", "2", "--max_response", "8"]
+GEMMA_2B = GemmaConfig(
+    hidden_size=2048,
+    intermediate_size=16384,
+    num_hidden_layers=18,
+    num_attention_heads=8,
+    num_key_value_heads=1,
+)
 ARMS = [arm for arm in (*segment.TERMINATIONS, "control", "rloo") if arm != "parsing"]
 
 
@@ -236,6 +245,97 @@ def test_a_card_is_known_by_its_name(monkeypatch):
     assert ma_ppo.card_speed(Model) is None
 
 
+# On fake tensors, which have sizes and no content: peaks of memory at the size of Gemma 2B
+
+
+class Peak(TorchDispatchMode):
+    """Adds up the bytes of all tensors that are alive, and remembers the most."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.alive = {}
+        self.now = self.most = 0
+        for x in tensors:
+            self.see(x)
+
+    def see(self, x):
+        storage = x.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            self.alive[key] = weakref.ref(storage, lambda _: self.forget(key, size))
+            self.now += size
+            self.most = max(self.most, self.now)
+
+    def forget(self, key, size):
+        self.now -= size
+        del self.alive[key]
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        for x in tree_leaves(made):
+            if isinstance(x, torch.Tensor):
+                self.see(x)
+        return made
+
+    def gigabytes(self):
+        """The peak since the last call."""
+        most, self.most = self.most, self.now
+        return most / 1e9
+
+
+def fake_models(cfg):
+    """The four models of `ma_ppo.load_models`, of Gemma 2B's sizes, after `sft.prepare`."""
+    learning = {"policy": GemmaForCausalLM(GEMMA_2B)}
+    learning["critic"] = reward.ScalarModel(GemmaForCausalLM(GEMMA_2B).model)
+    for model in learning.values():
+        sft.prepare(model, cfg, torch.device("cpu"))
+    torch.set_default_dtype(torch.bfloat16)  # a fake model cannot be cast
+    try:
+        frozen = {"reference": GemmaForCausalLM(GEMMA_2B)}
+        frozen["reward"] = reward.ScalarModel(GemmaForCausalLM(GEMMA_2B).model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    frozen["reward"].head = torch.nn.Linear(GEMMA_2B.hidden_size, 1)
+    for model in frozen.values():
+        model.requires_grad_(False).bf16 = True
+    return learning | frozen
+
+
+def test_a_step_of_gemma_2b_fits_into_the_memory_that_is_promised():
+    """A micro-batch of 8 responses, 512 + 512 tokens; the command of results/README.md."""
+    cfg = ma_ppo.Config(precision="bf16", gradient_checkpointing=True)
+    with FakeTensorMode():
+        models = fake_models(cfg)
+        optimizers = {}
+        for name in ("policy", "critic"):
+            optimizers[name] = torch.optim.AdamW(models[name].parameters(), fused=True)
+        tokens = torch.ones(8, 1024, dtype=torch.long)
+        batch = sft.Batch(tokens, torch.ones_like(tokens), torch.ones(8, 512))
+        peak = Peak([p for model in models.values() for p in model.parameters()])
+        with peak:
+            for name, optimizer in optimizers.items():  # makes Adam's moments
+                for p in models[name].parameters():
+                    p.grad = torch.zeros_like(p)
+                optimizer.step()
+                optimizer.zero_grad()
+        assert peak.gigabytes() < 81
+        with peak, torch.no_grad():
+            _, every, keep = ma_ppo.token_logprobs(models["policy"], batch, cfg)
+            ma_ppo.token_logprobs(models["reference"], batch, cfg, keep)
+            torch.special.entr(every.exp()).sum(-1)
+            del every
+            ma_ppo.state_values(models["critic"], batch)
+            models["reward"](batch)
+        assert 75 < peak.gigabytes() < 90
+        with peak:
+            logprobs, _, _ = ma_ppo.token_logprobs(models["policy"], batch, cfg)
+            ma_ppo.policy_loss(logprobs, batch.mask, batch.mask, batch.mask).backward()
+        assert 80 < peak.gigabytes() < 98
+        with peak:
+            optimizers["policy"].step()
+        assert 80 < peak.gigabytes() < 81
+
+
 # On paper: the memory table of results/README.md
 
 
@@ -243,14 +343,7 @@ def gemma(name):
     """A Gemma of the published size, without its weights: the number of parameters."""
     with torch.device("meta"):
         if name == "2b":
-            config = GemmaConfig(
-                hidden_size=2048,
-                intermediate_size=16384,
-                num_hidden_layers=18,
-                num_attention_heads=8,
-                num_key_value_heads=1,
-            )
-            return GemmaForCausalLM(config).num_parameters()
+            return GemmaForCausalLM(GEMMA_2B).num_parameters()
         if name == "7b":
             return GemmaForCausalLM(GemmaConfig()).num_parameters()  # its defaults are the 7B's
         config = Gemma2Config(
