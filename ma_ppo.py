@@ -684,8 +684,7 @@ def improve(rollout, models, optimizers, step, cfg):
         losses = policy_losses(rollout, models["policy"], token_count, cfg, seen)
         policy_totals.append(sft.update(models["policy"], optimizers["policy"], losses, lr))
         ratio_stats += [stats | {"epoch": epoch} for stats in seen]
-    critic_epochs = cfg.ppo_epochs if cfg.critic_epochs is None else cfg.critic_epochs
-    for _ in range(critic_epochs if "critic" in models else 0):
+    for _ in range(updates_of_critic(cfg) if "critic" in models else 0):
         losses = value_losses(rollout, models["critic"], token_count, cfg)
         total = sft.update(models["critic"], optimizers["critic"], losses, cfg.critic_lr)
         value_totals.append(total)
@@ -693,6 +692,11 @@ def improve(rollout, models, optimizers, step, cfg):
         "policy_loss": sum(policy_totals) / len(policy_totals) if policy_totals else None,
         "value_loss": sum(value_totals) / len(value_totals) if value_totals else None,
     } | ratio_metrics(ratio_stats)
+
+
+def updates_of_critic(cfg):
+    """How often the critic learns from a rollout: by default as often as the policy."""
+    return cfg.ppo_epochs if cfg.critic_epochs is None else cfg.critic_epochs
 
 
 def policy_losses(rollout, policy, token_count, cfg, seen):
@@ -1017,9 +1021,8 @@ def card_speed(model):
 
 def phase_flops(batch, models, cfg):
     """How many multiplications and additions the models need for this rank's rollout, by phase."""
-    once = {name: forward_flops(model, batch.attention) for name, model in models.items()}
-    critic_epochs = cfg.ppo_epochs if cfg.critic_epochs is None else cfg.critic_epochs
-    learned = cfg.ppo_epochs * once["policy"] + critic_epochs * once.get("critic", 0)
+    once = {name: forward_flops(model, batch) for name, model in models.items()}
+    learned = cfg.ppo_epochs * once["policy"] + updates_of_critic(cfg) * once.get("critic", 0)
     return {
         "sample": once["policy"],  # thanks to the cache, no more than for reading the text
         "judge": sum(once.values()),
@@ -1027,25 +1030,28 @@ def phase_flops(batch, models, cfg):
     }
 
 
-def forward_flops(model, attention):
-    """FLOPs of reading rows of text once.  attention: [B, P+T], 1 for real tokens.
+def forward_flops(model, batch):
+    """FLOPs of reading a batch once.  batch: `sft.Batch`; only its real tokens count.
 
-    N weights: each multiplies a number and adds it, 2 N a token (and 6 N where it is trained).
+    N weights: each multiplies a number and adds it, 2 N a token (and 6 N where it is trained). The
+    output matrix is used for the response's tokens only, as in `sft.response_logits`.
     Attention: in each layer a token's query meets all keys before it, half of the row on average,
     and its values are added up: 2 x 2 x width x length / 2 a token.
     """
-    config = getattr(model, "trunk", model).config
-    weights = 0
+    trunk = getattr(model, "trunk", model)
+    config = trunk.config
+    lengths = batch.attention.sum(1).double()  # [B]
+    read, written = float(lengths.sum()), float(batch.mask.sum())  # tokens
+    total = 0.0
     for module in model.modules():
         weight = getattr(module, "weight", None)
         looked_up = isinstance(module, torch.nn.Embedding)
         if weight is not None and weight.dim() == 2 and not looked_up:
-            weights += weight.numel()
+            tokens = written if module is trunk.get_output_embeddings() else read
+            total += 2 * weight.numel() * tokens
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    lengths = attention.sum(1).double()  # [B]
-    of_attention = 2 * config.num_hidden_layers * width * float((lengths**2).sum())
-    return 2 * weights * float(lengths.sum()) + of_attention
+    return total + 2 * config.num_hidden_layers * width * float((lengths**2).sum())
 
 
 def describe_ratios(ratio, clip):

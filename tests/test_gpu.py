@@ -200,21 +200,39 @@ def test_rows_of_similar_length_are_judged_together_with_the_same_result(toy):
 
 def tiny_models():
     """Models of three kinds of layers: separate output matrix, transposed matrices, tied output."""
-    sizes = {"hidden_size": 64, "intermediate_size": 200, "num_hidden_layers": 2}
+    sizes = {"hidden_size": 128, "intermediate_size": 200, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    yield LlamaForCausalLM(LlamaConfig(vocab_size=500, **sizes, **heads))
-    yield GPT2LMHeadModel(GPT2Config(vocab_size=500, n_embd=64, n_layer=2, n_head=4))
-    yield Gemma2ForCausalLM(Gemma2Config(vocab_size=500, **sizes, **heads, head_dim=32))
+    yield LlamaForCausalLM(LlamaConfig(vocab_size=200, **sizes, **heads))
+    yield GPT2LMHeadModel(GPT2Config(vocab_size=200, n_embd=64, n_layer=2, n_head=4))
+    yield Gemma2ForCausalLM(Gemma2Config(vocab_size=200, **sizes, **heads, head_dim=32))
 
 
 def test_the_flops_of_a_model_are_those_that_pytorch_counts():
-    tokens = torch.randint(0, 500, (4, 32))
+    """Of short rows, so that attention costs little; and no logits of a prompt are computed."""
     for model in tiny_models():
-        with FlopCounterMode(display=False) as counter:
-            model(tokens).logits.sum().backward()
-        found = 3 * ma_ppo.forward_flops(model, torch.ones_like(tokens))
-        # PyTorch counts attention's future half or leaves it out, and not the first layer's inputs.
-        assert found == pytest.approx(counter.get_total_flops(), rel=0.06), type(model).__name__
+        for prompt in (2, 10):
+            batch = sft.make_batch([[5] * prompt] * 4, [[6] * (12 - prompt)] * 4, 0, "cpu")
+            with FlopCounterMode(display=False) as counter:
+                sft.sft_loss(model, batch, 1).backward()
+            found = 3 * ma_ppo.forward_flops(model, batch)
+            counted = counter.get_total_flops()
+            assert found == pytest.approx(counted, rel=0.03), (type(model).__name__, prompt)
+
+
+def test_attention_costs_half_of_what_pytorch_counts():
+    """The same tokens in longer rows: only attention grows. PyTorch counts later tokens, too."""
+    for model in tiny_models():
+        model.set_attn_implementation("eager")
+        counted, found = [], []
+        for shape in ((4, 16), (2, 32)):
+            tokens = torch.full(shape, 5)  # [rows, length]
+            with FlopCounterMode(display=False) as counter:
+                model(tokens)
+            counted.append(counter.get_total_flops())
+            batch = sft.Batch(tokens, torch.ones(shape), torch.ones(shape))
+            found.append(ma_ppo.forward_flops(model, batch))
+        growth = counted[1] - counted[0]
+        assert 2 * (found[1] - found[0]) == growth > 0, type(model).__name__
 
 
 def test_utilisation_is_the_models_flops_by_what_the_card_could_have_done(toy, monkeypatch):
@@ -225,7 +243,7 @@ def test_utilisation_is_the_models_flops_by_what_the_card_could_have_done(toy, m
     seconds = {f"seconds_{phase}": 2.0 for phase in ("sample", "judge", "update")}
     cfg = ma_ppo.Config(ppo_epochs=2)
     assert not any("mfu" in name for name in ma_ppo.speeds(rollout, seconds, models, cfg))
-    once = ma_ppo.forward_flops(policy, batch.attention)
+    once = ma_ppo.forward_flops(policy, batch)
     monkeypatch.setattr(ma_ppo, "card_speed", lambda model: 10 * once)
     found = ma_ppo.speeds(rollout, seconds, models, cfg)
     shares = [found[f"mfu_{phase}"] for phase in ("sample", "judge", "update")]
