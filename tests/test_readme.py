@@ -1,12 +1,14 @@
 """The commands in the READMEs: all are understood, and those that take seconds run."""
 
 import glob
+import json
 import os
 import re
 import shlex
 import shutil
 from pathlib import Path
 
+import bench
 import pytest
 
 import eval as chapter5
@@ -113,3 +115,14 @@ def test_a_command_that_takes_seconds_runs_as_printed(place, words, monkeypatch,
     assert capsys.readouterr().out.strip() or "--png" in flags
     if "--png" in flags:
         assert os.path.getsize(flags[flags.index("--png") + 1]) > 1000
+
+
+def test_the_tables_of_speed_are_those_of_the_measured_rows():
+    text = (ROOT / "results" / "README.md").read_text()
+    parts = {}
+    for line in (ROOT / "results" / "bench.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        parts.setdefault(row.pop("part"), []).append(row)
+    assert len(parts) == 6
+    for part, rows in parts.items():
+        assert f"\n\n{bench.table(rows)}\n\n" in text, part
