@@ -1936,7 +1936,7 @@ def plot(png, panels, legend):
     if not png:
         return
     with matplotlib.rc_context({"font.size": 12}):
-        canvas = Figure(figsize=(3.2 * len(panels), 3.2), layout="constrained")
+        canvas = Figure(figsize=(3.2 * len(panels), 3.7), layout="constrained")
         axes = canvas.subplots(1, len(panels), squeeze=False)[0]
         for ax, panel in zip(axes, panels, strict=True):
             for i, line in enumerate(panel.lines):
@@ -1945,7 +1945,9 @@ def plot(png, panels, legend):
             if panel.infinity:
                 logarithmic(ax, panel.infinity)
             ax.grid(alpha=0.3)
-        axes[0].legend(title=legend, fontsize=11, title_fontsize=11)
+        named = axes[0].get_legend_handles_labels()
+        above = {"loc": "outside upper center", "ncols": 2 * len(panels), "frameon": False}
+        canvas.legend(*named, title=legend, fontsize=11, title_fontsize=11, **above)
         save(canvas, png)
 
 

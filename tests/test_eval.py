@@ -228,7 +228,7 @@ def test_the_picture_has_a_panel_for_every_metric_that_all_runs_have(
         assert axes.get_ylabel()
         raw, smoothed = axes.lines[:2]
         assert list(smoothed.get_ydata()) == smooth(list(raw.get_ydata()))
-    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["token", "fixed"]
     assert list(figure.axes[0].lines[0].get_ydata()) == [0, 1, 2, 3]
     assert re.search(r"\| token \|.*\n\| fixed \|", capsys.readouterr().out)
