@@ -1244,7 +1244,7 @@ def credit(args):
             prompts = prompts or ma_ppo.load_prompts(tokenizer, cfg)
             # The responses that training itself would learn from next.
             chosen = sft.batch_rows(prompts, step, cfg.batch_size, cfg.seed)[: args.responses]
-            name = f"{run.name}, step {step}"
+            name = f"{run.parent.name}/{run.name}, step {step}"
             examined.append(examine(name, chosen, step, models, tokenizer, cfg, args))
     if args.png:
         credit_picture(examined[0], args.png)

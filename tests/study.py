@@ -271,7 +271,7 @@ def make(part, args):
         return
     commit = current_commit()
     work(stages, "stages", args.workers, lambda job: keep_stages(job, args.out))
-    work(jobs, "run", args.workers, lambda job: keep(job, args.out, commit))
+    work(jobs, "run", args.workers, lambda job: keep(job, commit))
 
 
 def current_commit():
@@ -352,10 +352,9 @@ COLUMNS += ["explained_variance", "pass_rate"]
 AT_STEP_0 = ["rm_score_std", "gold_score_std"]
 
 
-def keep(job, out, commit):
+def keep(job, commit):
     """Copy the small files of a finished run to results/study."""
-    arm = job.flags[job.flags.index("--arms") + 1]
-    folder = Path(out) / job.name / arm
+    folder = trained(job)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     job.kept.mkdir(parents=True, exist_ok=True)
@@ -398,31 +397,30 @@ def keep_stages(job, out):
 
 def examine(args):
     """The part `credit`: estimators against the truth, from the checkpoints of two runs."""
-    names = ["toy/seed20/token", "toy/seed20/fixed"]
     confirm = PARTS["confirm"]
+    names = ["toy/seed20/token", "toy/seed20/token-taught"]
     jobs = [job for job in jobs_of(confirm, args.out) if job.name in names]
-    # Results alone do not do: the models of these two must be here.
-    jobs = [job for job in jobs if not finished(job)]
-    stages = stages_of(confirm, jobs, args.out)
-    runs = [str(Path(args.out) / name / Path(name).name) for name in names]
+    folders = [str(trained(job)) for job in jobs]
     flags = ["--at", "0", "20", "60", "--responses", "32", "--continuations", "8"]
-    command = ["credit", "--run", *runs, *flags, "--png", str(FIGURES / "credit.png")]
+    command = ["credit", "--run", *folders, *flags, "--png", str(FIGURES / "credit.png")]
+    # Results alone do not do: the models of these two must be here.
+    jobs = [job for job in jobs if not (trained(job) / "run.json").exists()]
+    stages = stages_of(confirm, jobs, args.out)
     if args.list:
         print("\n".join(job.command for job in [*stages, *jobs]))
         print(f"python eval.py {shlex.join(command)}")
         return
-    commit = current_commit()
     work(stages, "stages", args.workers, lambda job: keep_stages(job, args.out))
-    work(jobs, "run", args.workers, lambda job: keep(job, args.out, commit))
+    work(jobs, "run", args.workers, lambda job: None)  # `confirm` keeps their metrics
     _, options = chapter5.parse(command)
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "credit.md").write_text("\n".join(chapter5.credit(options)) + "\n")
 
 
-def finished(job):
-    """Whether a run has ended, and its models are here."""
-    folder = Path(job.flags[job.flags.index("--out") + 1])
-    return (folder / Path(job.name).name / "run.json").exists()
+def trained(job):
+    """Where a run leaves its models."""
+    out, arm = (job.flags[job.flags.index(name) + 1] for name in ("--out", "--arms"))
+    return Path(out) / arm
 
 
 # Tables. All of them come from results/study, and from nothing else.

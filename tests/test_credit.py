@@ -312,7 +312,7 @@ def test_credit_compares_every_estimator_at_every_step(run, tmp_path, capsys):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     names = ["V", "return", *(estimator.name for estimator in chapter5.ESTIMATORS)]
     assert [row[:2] for row in rows] == [
-        [f"fixed, step {step}", name] for step in (0, 2) for name in names
+        [f"{run.parent.name}/fixed, step {step}", name] for step in (0, 2) for name in names
     ]
     actions = {row[1]: int(row[2]) for row in rows[:11]}
     assert actions["whole, σ = first"] == 3  # one a response
