@@ -1946,7 +1946,7 @@ def plot(png, panels, legend):
                 logarithmic(ax, panel.infinity)
             ax.grid(alpha=0.3)
         named = axes[0].get_legend_handles_labels()
-        above = {"loc": "outside upper center", "ncols": 2 * len(panels), "frameon": False}
+        above = {"loc": "outside upper center", "ncols": 5 * len(panels) // 2, "frameon": False}
         canvas.legend(*named, title=legend, fontsize=11, title_fontsize=11, **above)
         save(canvas, png)
 

@@ -501,6 +501,22 @@ def draw_arms(names, png):
         chapter5.plot(png, panels, "mean of 5 steps, range")
 
 
+def lead_section():
+    """How far arms are ahead of `token` at some steps, in the mean over the seeds."""
+    names = ["token", "fixed", "control", "token-taught", "rloo"]
+    arms = kept_arms("toy", TEN, names)
+    if not arms:
+        return []
+    curves = chapter5.smoothed(arms, "rm_score")
+    mean = {name: curve.mean(1) for name, curve in curves.items()}  # [steps] each
+    steps = [step for step in (0, 5, 10, 20, 40, 59) if step < len(mean["token"])]
+    rows = [
+        [f"{name} - token", *(f"{mean[name][step] - mean['token'][step]:+.2f}" for step in steps)]
+        for name in names[1:]
+    ]
+    return chapter5.table(["RM score, mean of 5 steps", *map(str, steps)], rows)
+
+
 def first_candidate_section():
     """(c) with the critic that was taken before its pilots had been looked at."""
     table = measured("toy", TEN, {"token": "", **FOUR}, ALL)
@@ -520,7 +536,28 @@ def horizon_section():
     runs = [str(folder) for runs in arms.values() for folder in runs]
     runs.sort(key=lambda run: not run.endswith("/token"))
     png = str(FIGURES / "horizon.png")
-    return chapter5.horizon(chapter5.Options(run=runs, png=png)) if runs else []
+    if not runs:
+        return []
+    return [*chapter5.horizon(chapter5.Options(run=runs, png=png)), "", *same_horizon(arms)]
+
+
+def same_horizon(arms):
+    """A line for each horizon that several settings have: how far they lie apart.
+
+    arms: {setting: {folder: rows}}.
+    """
+    areas = {}  # {horizon: a mean over the seeds, for each setting}
+    for runs in arms.values():
+        folder, rows = next(iter(runs.items()))
+        tokens = round(min(1e9, chapter5.reach_of(Path(folder), rows).horizon))
+        mean = fmean(chapter5.area(rows, "rm_score") for rows in runs.values())
+        areas.setdefault(tokens, []).append(mean)
+    lines = []
+    for tokens, found in sorted(areas.items()):
+        name = f"{tokens} tokens" if tokens < 1e9 else "∞"
+        spread = f"{min(found):.2f} to {max(found):.2f}" if len(found) > 1 else f"{found[0]:.2f}"
+        lines.append(f"- H = {name}, settings: {len(found)}, mean RM score {spread}")
+    return lines
 
 
 def exploratory(name):
@@ -541,6 +578,7 @@ def credit_section():
 SECTIONS = {
     "Confirmatory: ten seeds": confirm_section,
     "Confirmatory: programs": code_section,
+    "Exploratory: when the lead is won": lead_section,
     "Exploratory: a critic taught by the first candidate": first_candidate_section,
     "Exploratory: n and λ": horizon_section,
     "Exploratory: terminations": exploratory("terminations"),

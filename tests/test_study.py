@@ -126,7 +126,7 @@ def test_what_the_readmes_say_of_the_study_stands_in_its_tables():
     results = (study.ROOT / "results" / "README.md").read_text()
     section = results.split("### What came out")[1].split("\n## ")[0]
     found = [row for row in rows_of(front) + rows_of(section) if "RM area" in row]
-    assert len(found) >= 18  # 6 on the front page; 8, and 4 pilots
+    assert len(found) == 18  # 6 on the front page; 8, and 4 pilots
     for row in found:
         assert any(row.items() <= other.items() for other in known), row
     interval = r"([+-]\d\.\d\d),?\s\(?95\s%\s(-?\d\.\d\d)\sto\s(-?\d\.\d\d)"
@@ -135,6 +135,38 @@ def test_what_the_readmes_say_of_the_study_stands_in_its_tables():
     assert set(told) <= set(re.findall(interval, kept))
     claimed = [line for line in section.splitlines() if line.startswith("- ") and "95 %" in line]
     assert len(claimed) == 16 and set(claimed) <= set(kept.splitlines())
+    leads = [row for row in rows_of(section) if "59" in row]
+    assert len(leads) == 4 and all(row in known for row in leads)
+    horizons = [line for line in section.splitlines() if line.startswith("- H = ")]
+    assert horizons == [line for line in kept.splitlines() if line.startswith("- H = ")]
+    for tokens in ("10", "20", "100"):
+        (found,) = re.findall(rf"- H = {tokens} tokens, settings: \d, mean RM score (.*)", kept)
+        assert re.search(rf"{found}\s+at\s+(H\s=\s)?{tokens}\b", front), tokens
+
+
+def test_what_the_readmes_say_of_credit_stands_in_its_table():
+    kept = rows_of((study.RESULTS / "credit.md").read_text())
+    front = (study.ROOT / "README.md").read_text()
+    known = {(row["run"], row["estimator"]): row for row in kept}
+    shown = [row for row in rows_of(front) if "step" in row]
+    assert [row.pop("step") for row in shown] == ["0", "20", "60"]
+    for step, row in zip((0, 20, 60), shown, strict=True):
+        for name, cell in row.items():
+            assert cell == known[f"token/token, step {step}", name]["correlation, tokens"]
+
+    def of_values(run, step, column, name="V"):
+        return float(known[f"{run}/token, step {step}", name][column].split()[0])
+
+    luck = [of_values("token", step, "correlation", "return") ** 2 for step in (0, 20, 60)]
+    start, middle, end = (f"{x:.2f}".lstrip("0") for x in luck)
+    assert f"explains {start} of it ({middle}, {end} later)" in re.sub(r"\s+", " ", front)
+    text = re.sub(r"\s+", " ", (study.ROOT / "results" / "README.md").read_text())
+    start = of_values("token", 0, "correlation"), -of_values("token", 0, "bias")
+    assert "(correlation {:.2f}) and {:.2f} too low".format(*start) in text
+    low = [-of_values(run, 20, "bias") for run in ("token", "token-taught")]
+    assert "they are {:.2f} too low (taught: {:.2f})".format(*low) in text
+    both = [of_values(run, 20, "correlation") for run in ("token", "token-taught")]
+    assert "the correlation is {:.2f} ({:.2f})".format(*both) in text
 
 
 def test_steps_in_which_only_the_critic_learns_are_no_part_of_the_comparison(results):
