@@ -18,7 +18,7 @@ it needs and is not there yet; parts share runs. Interrupt it (Ctrl-C) as you li
     variants       18 (12)     mean rewards; two epochs, with a ratio a token and a macro action
     critic         48 (36)     the critic's lambda x its updates x steps in which only it learns
     good           6           a critic taught so hard that it should know what is to come
-    credit         -           the estimators against the truth: 30 minutes, after `confirm`
+    credit         -           the estimators against the truth, in two runs: 30 minutes
 
 A run of the toy takes 90 to 110 s of a core (rloo 80, a critic with four updates a step 150, with
 eight 220), SFT and RM of a seed, made once, 300 s. All but `four`: under six hours on two cores.

@@ -129,7 +129,7 @@ def test_what_the_readmes_say_of_the_study_stands_in_its_tables():
     assert len(found) == 18  # 6 on the front page; 8, and 4 pilots
     for row in found:
         assert any(row.items() <= other.items() for other in known), row
-    interval = r"([+-]\d\.\d\d),?\s\(?95\s%\s(-?\d\.\d\d)\sto\s(-?\d\.\d\d)"
+    interval = r"([+-]\d\.\d\d),?\s+\(?95\s+%\s+(-?\d\.\d\d)\s+to\s+(-?\d\.\d\d)"
     told = re.findall(interval, front) + re.findall(interval, section)
     assert len(told) == 24  # 8 on the front page, 5 comparisons of 3 measures, 1 of the departure
     assert set(told) <= set(re.findall(interval, kept))
@@ -159,7 +159,7 @@ def test_what_the_readmes_say_of_credit_stands_in_its_table():
 
     luck = [of_values("token", step, "correlation", "return") ** 2 for step in (0, 20, 60)]
     start, middle, end = (f"{x:.2f}".lstrip("0") for x in luck)
-    assert f"explains {start} of it ({middle}, {end} later)" in re.sub(r"\s+", " ", front)
+    assert f"explains {start} of the returns ({middle}, {end} later)" in re.sub(r"\s+", " ", front)
     text = re.sub(r"\s+", " ", (study.ROOT / "results" / "README.md").read_text())
     start = of_values("token", 0, "correlation"), -of_values("token", 0, "bias")
     assert "(correlation {:.2f}) and {:.2f} too low".format(*start) in text
