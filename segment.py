@@ -195,12 +195,10 @@ TERMINATIONS = {
     "whole": lambda r: whole_starts(r.mask),
 }
 
-# Your own termination: write three lines here, such as these. Then `ma_ppo.py --arms comma`,
+# Your own termination: write a line here, such as this one. Then `ma_ppo.py --arms comma`,
 # `segment.py --termination comma` and the viewer's picture know it; nothing else has to change.
 #
-#     def comma_starts(responses):
-#         return cut_after(responses, r",\s*")
-#     TERMINATIONS["comma"] = comma_starts
+#     TERMINATIONS["comma"] = lambda responses: cut_after(responses, r",\s*")
 #
 # `cut_after` begins a macro action after every match of a regular expression.
 
