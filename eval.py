@@ -2021,7 +2021,8 @@ class Place(NamedTuple):
 def lay_out(pieces):
     """Set the tokens in lines of at most WIDTH characters, none of them broken -> Places."""
     places = []
-    line = column = 0
+    line = 0
+    column = 0
     for piece in pieces:
         text = piece.replace("\n", "⏎") or "∎"
         if column > 0 and column + len(text) > WIDTH:

@@ -108,7 +108,8 @@ def perplexity_starts(mask, ref_logprobs):
     # In doubles, sums of equal float32 numbers are exact: a tie starts no macro action.
     surprise = -ref_logprobs.float().double().T.contiguous()  # [T, B]
     starts = torch.ones_like(surprise, dtype=torch.bool)  # [T, B]
-    total = length = surprise.new_zeros(mask.shape[0])  # [B], of the running macro action
+    total = surprise.new_zeros(mask.shape[0])  # [B], of the running macro action
+    length = surprise.new_zeros(mask.shape[0])  # [B]
     for t, now in enumerate(surprise):
         if t > 0:
             starts[t] = now * length > total  # now > total / length, without the division
@@ -457,7 +458,8 @@ def parse_starts(mask, texts, offsets, parser, cutoff=5):
     if cutoff < 1:
         raise ValueError(f"cutoff counts tokens and must be at least 1, got {cutoff}")
     rows = []
-    sentences = failed = 0
+    sentences = 0
+    failed = 0
     for spans, trees in zip(offsets, parser(texts), strict=True):
         row = [False] * len(spans)
         for i, tree in enumerate(trees):
@@ -670,7 +672,8 @@ def lay_out(text, offsets, width):
     A token is never broken, except by a line break inside it.
     """
     cells = []
-    line = column = 0
+    line = 0
+    column = 0
     for token, (start, end) in enumerate(offsets):
         for piece in re.findall(r"[^\n]*\n|[^\n]+", text[start:end].expandtabs(4)):
             if column and column + len(piece) > width:

@@ -30,6 +30,7 @@ config.json. runs.json has each run's command, commit, and the seconds that it t
 import argparse
 import importlib
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -407,8 +408,8 @@ def examine(args):
     jobs = [job for job in jobs if not (trained(job) / "run.json").exists()]
     stages = stages_of(confirm, jobs, args.out)
     if args.list:
-        print("\n".join(job.command for job in [*stages, *jobs]))
-        print(f"python eval.py {shlex.join(command)}")
+        made = [job.command for job in [*stages, *jobs]]
+        print("\n".join([*made, f"python eval.py {shlex.join(command)}"]))
         return
     work(stages, "stages", args.workers, lambda job: keep_stages(job, args.out))
     work(jobs, "run", args.workers, lambda job: None)  # `confirm` keeps their metrics
@@ -542,19 +543,18 @@ def horizon_section():
 
 
 def same_horizon(arms):
-    """A line for each horizon that several settings have: how far they lie apart.
+    """A line a horizon: the mean RM scores of all settings that have it.
 
     arms: {setting: {folder: rows}}.
     """
     areas = {}  # {horizon: a mean over the seeds, for each setting}
     for runs in arms.values():
-        folder, rows = next(iter(runs.items()))
-        tokens = round(min(1e9, chapter5.reach_of(Path(folder), rows).horizon))
+        tokens = fmean(chapter5.reach_of(folder, rows).horizon for folder, rows in runs.items())
         mean = fmean(chapter5.area(rows, "rm_score") for rows in runs.values())
-        areas.setdefault(tokens, []).append(mean)
+        areas.setdefault(round(tokens, 3), []).append(mean)  # 1 / (1 - .95) is not quite 20
     lines = []
     for tokens, found in sorted(areas.items()):
-        name = f"{tokens} tokens" if tokens < 1e9 else "∞"
+        name = f"{tokens:.0f} tokens" if tokens < math.inf else "∞"
         spread = f"{min(found):.2f} to {max(found):.2f}" if len(found) > 1 else f"{found[0]:.2f}"
         lines.append(f"- H = {name}, settings: {len(found)}, mean RM score {spread}")
     return lines

@@ -25,13 +25,8 @@ def exact_interval(successes, count):
     """Clopper and Pearson's 95 % interval: the shares that make so few or so many not unlikely."""
 
     def tail(p, counts):
-        k = torch.tensor(list(counts), dtype=torch.float64)
-        return (
-            torch.distributions.Binomial(count, torch.tensor(p, dtype=torch.float64))
-            .log_prob(k)
-            .exp()
-            .sum()
-        )
+        binomial = torch.distributions.Binomial(count, torch.tensor(p, dtype=torch.float64))
+        return binomial.log_prob(torch.tensor(list(counts))).exp().sum()
 
     def root(counts, rises):
         low, high = 0.0, 1.0
@@ -92,38 +87,43 @@ def test_accuracies_of_reward_models():
         assert re.search(rf"{said}, (exact )?95 % interval {low:.3f} to {high:.3f}", TEXT), path
 
 
-def test_pass_rates_of_programs():
-    lines = (ROOT / "results" / "toy-code" / "held_out.jsonl").read_text().splitlines()
-    passed = {}
-    for row in map(json.loads, lines):
+def passed():
+    """{(temperature, policy): {seed: how many of 1,000 held-out problems it solved}}."""
+    counts = {}
+    for line in (ROOT / "results" / "toy-code" / "held_out.jsonl").read_text().splitlines():
+        row = json.loads(line)
         assert row["problems"] == 1000
-        passed.setdefault((row["temperature"], row["policy"]), {})[row["seed"]] = row["passed"]
-    sampled, greedy = passed[1.0, "sft"], passed[0.0, "sft"]
-    for row in rows_of(CODE):
-        if row.get("seed", "").isdigit():
-            for arm in ("sft", "token", "fixed", "ast"):
-                shown = row["SFT" if arm == "sft" else arm]
-                temperature = 1.0 if "[" in shown else 0.0
-                count = passed[temperature, arm][int(row["seed"])]
-                low, high = exact_interval(count, 1000)
-                interval = f" [{low:.3f}, {high:.3f}]" if temperature else ""
-                assert shown == f"{count / 1000:.3f}{interval}"
-    (heads,) = [line for line in TEXT.splitlines() if line.startswith("| | SFT |")]
-    arms = [cell.strip().split()[0] for cell in heads.strip("| ").split("|")]
+        counts.setdefault((row["temperature"], row["policy"]), {})[row["seed"]] = row["passed"]
+    return counts
+
+
+def test_pass_rates_of_programs_seed_by_seed():
+    rows = [row for row in rows_of(CODE) if row.get("seed", "").isdigit()]
+    assert len(rows) == 10  # five seeds, sampled and greedy
+    for row in rows:
+        for arm in ("SFT", "token", "fixed", "ast"):
+            sampled = "[" in row[arm]
+            count = passed()[1.0 if sampled else 0.0, arm.lower()][int(row["seed"])]
+            low, high = exact_interval(count, 1000)
+            interval = f" [{low:.3f}, {high:.3f}]" if sampled else ""
+            assert row[arm] == f"{count / 1000:.3f}{interval}"
+
+
+def test_mean_pass_rates_of_programs():
     rows = {row[""]: row for row in rows_of(TEXT) if "SFT" in row and "" in row}
-    for column, arm in zip(rows["greedy"], ["", *arms], strict=True):
-        if not arm:
-            continue
-        arm = arm.lower()
+    counts = passed()
+    before = counts[1.0, "sft"]
+    for column in ("SFT", "token", "fixed (n = 10)", "ast", "control"):
+        arm = column.split()[0].lower()
         for temperature, name in ((1.0, "sampled as in training"), (0.0, "greedy")):
-            found = passed.get((temperature, arm))
+            found = counts.get((temperature, arm), {})
+            assert set(found) in (set(), set(range(5)))
             shown = f"{fmean(found.values()) / 1000:.3f}"[1:] if found else "–"
             assert rows[name][column] == shown
-        gained = [(passed[1.0, arm][seed] - sampled[seed]) / 10 for seed in sampled]
-        if arm not in ("sft", "control"):
+        gained = [(counts[1.0, arm][seed] - before[seed]) / 10 for seed in before]
+        if column in ("token", "fixed (n = 10)", "ast"):
             shown = f"{fmean(gained):.1f} ({min(gained):.1f} to {max(gained):.1f})"
             assert rows["points gained (range)"][column] == shown
-    assert set(greedy) == set(sampled) == set(range(5))
 
 
 def test_times_of_the_run_on_webgpt():
