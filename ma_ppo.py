@@ -110,7 +110,8 @@ from sft import opt, print0
 class Config(sft.Config):
     """Settings of the PPO chapter. Values without a source were found on the toy.
 
-    An *arm* is one training of a comparison: all arms share models, prompts and noise.
+    An *arm* is one training of a comparison. All arms start from the same models, and all but
+    `rloo`, which needs several responses to each prompt, also share prompts and noise.
     """
 
     arms: list[str] = opt(
@@ -118,7 +119,7 @@ class Config(sft.Config):
         "trainings to compare: terminations of chapter 3, control (token with lam^(1/n)), or rloo",
         "--terminations",
     )
-    n: int = opt(5, "tokens in a macro action of `fixed` (paper: 5; code: 10)")
+    n: int = opt(5, "tokens in a macro action of `fixed`; lambda of `control` (paper: 5; code: 10)")
     steps: int = opt(60, "PPO steps: one rollout of the whole batch, then ppo_epochs updates")
     batch_size: int = opt(64, "responses per step, over all ranks (paper: 256)")
     micro_batch_size: int = opt(64, "responses per forward pass and rank: memory, not the result")
@@ -133,7 +134,7 @@ class Config(sft.Config):
     lam: float = opt(0.95, "GAE's lambda, per action like gamma; control: lam^(1/n) (paper: 0.95)")
     beta: float = opt(0.05, "weight of the KL penalty, reward per nat (paper: 0.05)")
     clip: float = opt(0.2, "PPO's clipping range, of the ratio and of the value (paper: 0.2)")
-    ppo_epochs: int = opt(1, "updates per rollout (paper: 1; then nothing is ever clipped)")
+    ppo_epochs: int = opt(1, "updates per rollout (paper: 1; then no ratio is ever clipped)")
     no_eos_score: float = opt(-4.0, "score of a response that does not end: a bad RM score")
     temperature: float = opt(1.0, "of sampling, and of every log-probability (paper: 0.8)")
     top_k: int = opt(0, "sample from the k likeliest tokens only (paper: 50); 0: from all")
@@ -143,11 +144,11 @@ class Config(sft.Config):
     macro_reward: str = opt("sum", "reward of a macro action: sum (paper) or mean (reference code)")
     critic_lam: float | None = opt(None, "lambda of the returns that the critic learns; none: lam")
     critic_epochs: int | None = opt(None, "the critic's updates per rollout; none: ppo_epochs")
-    critic_steps: int = opt(0, "first steps in which only the critic learns")
+    critic_steps: int = opt(0, "how many of the steps, the first ones, only teach the critic")
     value_clip: float | None = opt(
         None, "clipping range of the value, 0 for none; none given: clip"
     )
-    rloo_k: int = opt(4, "rloo: responses to each prompt, batch_size / rloo_k prompts a step")
+    rloo_k: int = opt(4, "rloo: responses to each of batch_size / rloo_k prompts, in as many steps")
     ratio: str = opt("token", "probability ratio per token, or per macro action (paper's formula)")
     # Where models come from, and go to.
     model: str = opt("", "what sft.py starts from, if OUT/sft has to be made")
@@ -177,7 +178,7 @@ class Rollout:
     parse_fallback: float = 0.0  # share of sentences or programs that could not be parsed
     advantages: torch.Tensor = None  # [B, T] whitened
     returns: torch.Tensor = None  # [B, T] what the critic is taught
-    explained_variance: float = None  # how well it knew them beforehand
+    explained_variance: float = None  # how well it knew the rewards to come
 
 
 def train(arm, out, cfg, device):
@@ -233,7 +234,7 @@ def sample(policy, examples, step, tokenizer, cfg):
 
     The noise of a response is a function of (seed, step, prompt number), and in `rloo` of the
     sample's number, of nothing else. So a run repeats itself exactly, on any number of ranks, and
-    all arms meet the same luck.
+    arms that are given the same prompts meet the same luck.
     """
     seeds = []
     for example in examples:
@@ -361,8 +362,10 @@ def draw(logprobs, uniforms):
 def judge(rollout, models, examples, tokenizer, cfg):
     """Ask policy and reference for log-probabilities, the critic for values, the RM for scores."""
     blank = torch.zeros(rollout.batch.mask.shape, device=rollout.batch.mask.device)  # [B, T]
-    for name in ("logprobs", "ref_logprobs", "entropy", "values"):
-        setattr(rollout, name, blank.clone())
+    rollout.logprobs = blank.clone()
+    rollout.ref_logprobs = blank.clone()
+    rollout.entropy = blank.clone()
+    rollout.values = blank.clone()
     for rows, batch in micro_batches(rollout.batch, cfg.micro_batch_size, cfg.sort_by_length):
         T = batch.mask.shape[1]  # of this part: b rows of similar length
         logprobs, every, keep = token_logprobs(models["policy"], batch, cfg)  # [b, T]
@@ -460,7 +463,7 @@ def ended(batch, tokenizer):
 def cut(arm, rollout, tokenizer, cfg):
     """Mark where macro actions begin (chapter 3), and number them.
 
-    `control` and `rloo` are no terminations: they differ from `token` in step 5 only.
+    `control` and `rloo` are no terminations: their actions are single tokens.
     """
     responses = segment.Responses(
         mask=rollout.batch.mask,
@@ -586,7 +589,8 @@ def rloo_advantages(rollout, cfg):
     """PPO without a critic: a response is compared with the other samples of its prompt.  -> [B, T]
 
     Leave-one-out (Ahmadian et al., 2024): Q_i is the total reward of response i, and every token of
-    it gets A_i = Q_i - mean of the other Q_j. The baseline depends on no action of response i.
+    it gets A_i = Q_i - mean of the other Q_j. The baseline depends on no action of response i
+    (whitening, which follows in every arm, takes off the whole batch's mean as well).
 
     >>> rollout = Rollout(sft.Batch(None, None, torch.ones(2, 1)), [], [], [])
     >>> rollout.scores = torch.tensor([1.0, 4.0])
@@ -606,7 +610,8 @@ def explained_variance(rewards, values, mask):
     """How much of the differences between returns the critic knows beforehand.  [B, T] each
 
     1 - Var(G - V) / Var(G) over the real tokens of all ranks, G the sum of the rewards that really
-    came. 1: it knows all; 0: no more than their mean; below 0: it would better say nothing.
+    came. 1: it knows all, up to a constant; 0: no more than their mean; below 0: it would better
+    say nothing.
     """
     G = discounted_sum(torch.where(mask.bool(), rewards, 0), 1.0)  # [B, T]
     error = G - values  # [B, T]
@@ -663,7 +668,8 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
 
     As for the policy: within one rollout the critic must not run far from what it said before. In
     the first update of a rollout values equal old_values, and nothing is clipped. Mind the unit:
-    clip is in units of reward here, where returns may span ten.
+    clip is in units of reward here, where returns may span ten, so that further updates hardly get
+    anywhere (hence --value_clip 0 with more --critic_epochs).
     """
     values = torch.where(mask.bool(), values, 0)  # [B, T]
     old_values = torch.where(mask.bool(), old_values, 0)  # [B, T]
@@ -681,6 +687,7 @@ def improve(rollout, models, optimizers, step, cfg):
     policy_totals, value_totals, ratio_stats = [], [], []
     for epoch in range(cfg.ppo_epochs if learning >= 0 else 0):
         seen = []  # what the ratios of this epoch's micro-batches were
+        # Functions, nothing is computed yet: `update` calls one after the other, each backward.
         losses = policy_losses(rollout, models["policy"], token_count, cfg, seen)
         policy_totals.append(sft.update(models["policy"], optimizers["policy"], losses, lr))
         ratio_stats += [stats | {"epoch": epoch} for stats in seen]
@@ -933,9 +940,9 @@ def draw_curves(folders, cfg):
 
 # Appendix B. What is logged.
 #
-# metrics.jsonl has a line per step, measured on the rollout before the step's update; samples.jsonl
-# has four responses of every tenth step, token by token with their credit. results/README.md
-# defines every measure.
+# metrics.jsonl has a line per step, measured on the rollout before the step's update (losses and
+# ratios: during it); samples.jsonl has four responses of every tenth step, token by token with
+# their credit. results/README.md defines every measure.
 
 PHASES = ("sample", "judge", "credit", "update")
 
@@ -1093,7 +1100,7 @@ def sample_rows(step, rollout, examples, tokenizer):
             "pieces": [text[start:end] for start, end in offsets],
         }
         for name in ("seg", "values", "advantages", "returns"):
-            column = getattr(rollout, name)  # [B, T]; rloo has no values and returns
+            column = getattr(rollout, name)  # [B, T]; rloo has no returns
             row[name] = [0.0] * len(tokens) if column is None else column[i, : len(tokens)].tolist()
         rows.append(row)
     return rows
@@ -1123,6 +1130,7 @@ def check_numbers(cfg):
             sft.fail(f"--{name} must be positive, got {getattr(cfg, name)}")
     at_least = {"n": 1, "ppo_epochs": 1, "critic_epochs": 1, "critic_steps": 0, "value_clip": 0}
     at_least |= {"gamma": 0, "lam": 0, "critic_lam": 0, "beta": 0, "top_k": 0}
+    at_least |= {"sample_batch_size": 0}
     for name, least in at_least.items():
         value = getattr(cfg, name)
         if value is not None and not least <= value < math.inf:
@@ -1157,6 +1165,10 @@ def check_arms(cfg):
         sft.fail(f"--arms must be different from each other, got {cfg.arms}")
     if "control" in cfg.arms and cfg.gamma != 1:
         sft.fail(f"control has the horizon of fixed at --gamma 1 only, got {cfg.gamma}")
+    if "rloo" in cfg.arms and cfg.critic_steps:
+        sft.fail("--critic_steps: rloo has no critic, and would learn nothing in these steps")
+    if not cfg.epochs and cfg.critic_steps >= cfg.steps:
+        sft.fail(f"--critic_steps must be below --steps {cfg.steps}, got {cfg.critic_steps}")
     if "rloo" in cfg.arms and (cfg.rloo_k < 2 or cfg.batch_size % cfg.rloo_k):
         sft.fail(f"--rloo_k must be at least 2 and divide --batch_size, got {cfg.rloo_k}")
     if "parsing" in cfg.arms:

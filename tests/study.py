@@ -18,6 +18,8 @@ it needs and is not there yet; parts share runs. Interrupt it (Ctrl-C) as you li
     variants       18 (12)     mean rewards; two epochs, with a ratio a token and a macro action
     critic         48 (36)     the critic's lambda x its updates x steps in which only it learns
     good           6           a critic taught so hard that it should know what is to come
+    short          9           posts of 5 facts in place of 12: shorter responses
+    long           9           posts of 24 facts: longer ones
     credit         -           the estimators against the truth, in two runs: 30 minutes
 
 A run of the toy takes 90 to 110 s of a core (rloo 80, a critic with four updates a step 150, with
@@ -151,6 +153,9 @@ VARIANTS = {
     "fixed-2epochs-macro": "--arms fixed --ppo_epochs 2 --ratio macro",
 }
 HARD = "--critic_lam 1 --critic_epochs 8 --value_clip 0 --critic_steps 20 --steps 120"
+SHORT = {name: PLAIN[name] for name in ("token", "fixed", "control")}
+LONG = {name: f"{flags} --max_response 256" for name, flags in SHORT.items()}
+FACTS = 12  # that a post of the toy states
 
 
 class Part(NamedTuple):
@@ -160,6 +165,12 @@ class Part(NamedTuple):
     seeds: Iterable
     settings: dict
     seconds: int  # of a run, roughly, on a core of its own
+    facts: int = FACTS
+
+    @property
+    def folder(self):
+        """What its results stand under."""
+        return self.task if self.facts == FACTS else f"{self.task}-{self.facts}"
 
 
 PARTS = {
@@ -173,8 +184,10 @@ PARTS = {
     "variants": Part("toy", THREE, VARIANTS, 130),
     "critic": Part("toy", THREE, taught_critics(), 165),
     "good": Part("toy", THREE, both("good", HARD), 600),
+    "short": Part("toy", THREE, SHORT, 60, facts=5),
+    "long": Part("toy", THREE, LONG, 240, facts=24),
 }
-STAGE_SECONDS = {"toy": 300, "toy-code": 100}
+STAGE_SECONDS = {"toy": 300, "toy-code": 100, "toy-5": 190, "toy-24": 700}
 
 # The comparisons that were named before the runs of `confirm` were made: (arm, baseline).
 CLAIMS = [
@@ -197,11 +210,18 @@ class Job:
     settings: str  # the flags that make the run what it is
     flags: list  # all flags of ma_ppo.py
     seconds: int
+    facts: int = FACTS
 
     @property
     def command(self):
         """What a reader would type."""
-        return f"python ma_ppo.py {shlex.join(self.flags)}"
+        other = self.facts != FACTS
+        script = f"tests/study.py {self.mode('run')}" if other else "ma_ppo.py"
+        return f"python {script} {shlex.join(self.flags)}"
+
+    def mode(self, kind):
+        """What its process is told: "stages" or "run", and another number of facts."""
+        return kind if self.facts == FACTS else f"{kind}-{self.facts}"
 
     @property
     def kept(self):
@@ -209,23 +229,24 @@ class Job:
         return RESULTS / self.name
 
 
-def stage_folder(out, task, seed):
+def stage_folder(out, part, seed):
     """SFT and RM of a seed: its subfolders sft and reward."""
-    return Path(out) / task / f"seed{seed}"
+    return Path(out) / part.folder / f"seed{seed}"
 
 
 def jobs_of(part, out):
     """All runs of a part, seed by seed."""
     jobs = []
     for seed in part.seeds:
-        stages = stage_folder(out, part.task, seed)
+        stages = stage_folder(out, part, seed)
         for name, flags in part.settings.items():
             given = ["--task", part.task, "--seed", str(seed), *flags.split()]
             given += ["--out", str(stages / name), "--sft", str(stages / "sft")]
             if part.task == "toy":
                 given += ["--reward_model", str(stages / "reward")]
             given += ["--keep", "3", "--resume", "auto"]
-            jobs.append(Job(f"{part.task}/seed{seed}/{name}", flags, given, part.seconds))
+            name = f"{part.folder}/seed{seed}/{name}"
+            jobs.append(Job(name, flags, given, part.seconds, part.facts))
     return jobs
 
 
@@ -233,13 +254,16 @@ def stages_of(part, jobs, out):
     """The jobs that make SFT and RM, of those seeds that have runs to be made."""
     stages = []
     for seed in part.seeds:
-        name = f"{part.task}/seed{seed}"
+        name = f"{part.folder}/seed{seed}"
         needed = any(job.name.startswith(f"{name}/") for job in jobs)
-        folder = stage_folder(out, part.task, seed)
+        folder = stage_folder(out, part, seed)
         last = folder / ("reward" if part.task == "toy" else "sft") / "run.json"
         if needed and not last.exists():
             flags = ["--task", part.task, "--seed", str(seed), "--out", str(folder)]
-            stages.append(Job(name, "", [*flags, "--resume", "auto"], STAGE_SECONDS[part.task]))
+            if part.facts > FACTS:
+                flags += ["--max_response", "256"]
+            flags += ["--resume", "auto"]
+            stages.append(Job(name, "", flags, STAGE_SECONDS[part.folder], part.facts))
     return stages
 
 
@@ -324,7 +348,7 @@ def run_process(job, mode):
     log = Path(job.flags[job.flags.index("--out") + 1]) / "log.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, mode, *job.flags]
+    command = [sys.executable, __file__, job.mode(mode), *job.flags]
     with log.open("a") as file:
         streams = {"stdout": file, "stderr": subprocess.STDOUT}
         code = subprocess.run(command, cwd=ROOT, env=os.environ | quiet, **streams).returncode
@@ -337,13 +361,30 @@ def run_process(job, mode):
 def child(mode, flags):
     """What a process does: the stages, or one run without its closing picture."""
     ma_ppo = chapter5.ma_ppo
-    if mode == "stages":
+    kind, _, facts = mode.partition("-")
+    if facts:
+        change_facts(int(facts))
+    if kind == "stages":
         cfg = ma_ppo.parse(flags)
         chapter5.sft.setup(cfg.device)
         ma_ppo.build_missing_stages(cfg)
     else:
         ma_ppo.draw_curves = print  # eval.py draws all runs together
         ma_ppo.main(flags)
+
+
+def change_facts(count):
+    """Let posts of the toy state so many facts (5 to 24), and summaries be shorter or longer.
+
+    The facts beyond the twelve are those of a second trip, told in the same words after "later".
+    """
+    sft = chapter5.sft
+    facts = dict(sft.TOY_FACTS)
+    for slot, fact in sft.TOY_FACTS.items():
+        posts = tuple(f"later {post}" for post in fact.posts)
+        facts[f"later {slot}"] = sft.Fact(fact.values, f"later {fact.summary}", posts)
+    sft.TOY_FACTS = dict(list(facts.items())[:count])
+    sft.TOY_LONGEST = count + 2  # as it is for twelve
 
 
 # Keeping.
@@ -437,12 +478,12 @@ def tables():
     return "\n".join(lines)
 
 
-def kept_arms(task, seeds, names):
+def kept_arms(folder, seeds, names):
     """{name: {folder: rows}} of what is kept, of those seeds that have all of the names.
 
     Of a run in which the critic learns alone at first, only the steps after that.
     """
-    folders = [RESULTS / task / f"seed{seed}" for seed in seeds]
+    folders = [RESULTS / folder / f"seed{seed}" for seed in seeds]
     there = [x for x in folders if all((x / name / "metrics.jsonl").exists() for name in names)]
     arms = chapter5.read_arms(there, list(names)) if there else {}
     for runs in arms.values():
@@ -453,9 +494,9 @@ def kept_arms(task, seeds, names):
     return arms
 
 
-def measured(task, seeds, names, columns):
+def measured(folder, seeds, names, columns):
     """A table of means and standard deviations over the seeds, a row a name."""
-    arms = kept_arms(task, seeds, names)
+    arms = kept_arms(folder, seeds, names)
     if not arms:
         return []
     count = len(next(iter(arms.values())))
@@ -468,12 +509,11 @@ ALL = ["RM score", "gold score", "KL", "EOS rate", "RM 50 %", "RM 90 %", "RM are
 ALL += ["explained variance", "s/step"]
 
 
-def claims(task, pairs):
+def claims(folder, pairs, seeds=TEN):
     """The lines of plain words for pairs (arm, baseline)."""
-    seeds = PARTS["confirm"].seeds
     lines = []
     for arm, versus in pairs:
-        arms = kept_arms(task, seeds, dict.fromkeys(["token", versus, arm]))
+        arms = kept_arms(folder, seeds, dict.fromkeys(["token", versus, arm]))
         if arms:
             names = chapter5.score_names(arms)
             args = chapter5.Options()
@@ -566,7 +606,23 @@ def exploratory(name):
     names = part.settings
     if "token" not in names:
         names = {"token": "", **names}  # the baseline of the steps to parity
-    return lambda: measured(part.task, part.seeds, names, ALL)
+    return lambda: measured(part.folder, part.seeds, names, ALL)
+
+
+def lengths_section():
+    """Three arms at three lengths: posts of 5, 12 and 24 facts."""
+    lines = []
+    for name in ("short", "confirm", "long"):
+        part = PARTS[name]
+        arms = kept_arms(part.folder, THREE, SHORT)
+        if arms:
+            rows = [row for runs in arms.values() for rows in runs.values() for row in rows]
+            tokens = fmean(row["response_length"] for row in rows)
+            lines += [f"**{part.facts} facts**: {tokens:.0f} tokens a response in the mean.", ""]
+            lines += [*measured(part.folder, THREE, SHORT, ALL), ""]
+            pairs = [("fixed", "token"), ("control", "token"), ("fixed", "control")]
+            lines += [*claims(part.folder, pairs, THREE), ""]
+    return lines[:-1]
 
 
 def credit_section():
@@ -586,6 +642,7 @@ SECTIONS = {
     "Exploratory: mean rewards, macro ratios": exploratory("variants"),
     "Exploratory: how the critic is taught": exploratory("critic"),
     "Exploratory: a critic that is taught hard": exploratory("good"),
+    "Exploratory: other lengths": lengths_section,
     "Credit against the truth": credit_section,
     "Pilots": exploratory("pilot"),
 }
@@ -593,7 +650,7 @@ SECTIONS = {
 
 def main():
     """Run the parts named on the command line."""
-    if sys.argv[1:2] in (["stages"], ["run"]):
+    if sys.argv[1:] and sys.argv[1].partition("-")[0] in ("stages", "run"):
         child(sys.argv[1], sys.argv[2:])
         return
     parser = argparse.ArgumentParser(

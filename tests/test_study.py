@@ -41,6 +41,44 @@ def test_every_run_has_settings_that_chapter_4_accepts(tmp_path, monkeypatch):
             study.chapter5.ma_ppo.parse(job.flags)
 
 
+def test_posts_with_another_number_of_facts(monkeypatch):
+    sft, reward = study.chapter5.sft, study.chapter5.reward
+    monkeypatch.setattr(sft, "TOY_FACTS", sft.TOY_FACTS)  # put back afterwards
+    monkeypatch.setattr(sft, "TOY_LONGEST", sft.TOY_LONGEST)
+    usual = sft.toy_row(7)
+    study.change_facts(12)
+    assert sft.toy_row(7) == usual
+    tokens = []
+    for facts in (5, 24):
+        sft.toy_sentences.cache_clear()
+        study.change_facts(facts)
+        rows = [sft.toy_row(number) for number in range(200)]
+        assert {len(row["facts"]) for row in rows} == {facts}
+        best = sft.toy_text(
+            sft.TOY_FACTS[slot].summary.format(value) for slot, value in rows[0]["facts"].items()
+        )
+        assert reward.gold_score(rows[0]["facts"], best) == facts  # every fact, once
+        longest = max(reward.toy_pair(row)["chosen"].count(".") for row in rows)
+        assert longest == facts + 2
+        tokens.append(sum(len(row["response"].replace(".", " .").split()) for row in rows) / 200)
+        monkeypatch.undo()
+    sft.toy_sentences.cache_clear()
+    assert 45 < tokens[0] < 55 and 140 < tokens[1] < 155  # 12 facts: 83
+
+
+def test_a_part_with_other_facts_has_folders_and_a_command_of_its_own(tmp_path):
+    part = study.PARTS["long"]
+    job = study.jobs_of(part, tmp_path)[0]
+    assert job.name == "toy-24/seed20/token"
+    assert job.command.startswith("python tests/study.py run-24 --task toy --seed 20 --arms token")
+    (stages, *_) = study.stages_of(part, [job], tmp_path)
+    assert (stages.mode("stages"), stages.name) == ("stages-24", "toy-24/seed20")
+    assert stages.flags[stages.flags.index("--max_response") + 1] == "256"  # as in its runs
+    usual = study.jobs_of(study.PARTS["confirm"], tmp_path)[0]
+    assert usual.command.startswith("python ma_ppo.py --task toy --seed 20")
+    assert usual.mode("run") == "run"
+
+
 def test_small_rows_keep_what_tables_need_in_six_digits():
     rows = []
     for step in range(2):
@@ -166,7 +204,7 @@ def test_other_numbers_of_the_findings():
     assert f"{lead['10'][1:]} points of RM score at step 10, {lead['59'][1:]} at the end" in front
     (end,) = re.findall(r"- fixed-taught - token-taught, RM score: \+(\S+)", kept)
     assert f"still different, and {end} at the end" in front
-    (most,) = re.findall(r"- fixed - control, RM area: .*? to (\S+),", kept)
+    most = re.findall(r"- fixed - control, RM area: .*? to (\S+),", kept)[0]
     assert f"gain at most {most} beyond their horizon" in front
     # The pilots: four updates and ten steps ahead, counted over all 70 steps.
     folders = [study.RESULTS / "toy" / f"seed{seed}" / "token-taught-4-10" for seed in (0, 1)]

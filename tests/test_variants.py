@@ -149,6 +149,8 @@ def test_without_a_value_clip_the_critic_goes_where_it_is_told():
         "--critic_lam -1",
         "--critic_epochs 0",
         "--critic_steps -1",
+        "--critic_steps 60",  # of 60 steps: the policy would never learn
+        "--critic_steps 5 --arms token rloo",
         "--value_clip -1",
     ],
 )
