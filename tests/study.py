@@ -514,7 +514,7 @@ def claims(folder, pairs, seeds=TEN):
     lines = []
     for arm, versus in pairs:
         arms = kept_arms(folder, seeds, dict.fromkeys(["token", versus, arm]))
-        if arms:
+        if arms and len(arms[arm]) > 1:  # one seed has no interval
             names = chapter5.score_names(arms)
             args = chapter5.Options()
             found = chapter5.pair_lines(arm, versus, arms, chapter5.compare(arms), names, args)
@@ -601,12 +601,33 @@ def same_horizon(arms):
 
 
 def exploratory(name):
-    """A section with the table of one part."""
-    part = PARTS[name]
-    names = part.settings
-    if "token" not in names:
-        names = {"token": "", **names}  # the baseline of the steps to parity
-    return lambda: measured(part.folder, part.seeds, names, ALL)
+    """A section with the table of one part, or of those settings that have been run by now."""
+
+    def section():
+        part = PARTS[name]
+        folders = [RESULTS / part.folder / f"seed{seed}" for seed in part.seeds]
+        folders = [folder for folder in folders if folder.exists()]
+        made = [x for x in part.settings if all((y / x / "config.json").exists() for y in folders)]
+        if 2 * len(made) < len(part.settings):
+            return []  # nothing but what other parts share with it
+        names = dict.fromkeys(["token", *made])  # the baseline of the steps to parity is first
+        missing = len(part.settings) - len(made)
+        note = [f"Settings that have not been run: {missing} of {len(part.settings)}.", ""]
+        return (note if missing else []) + measured(part.folder, part.seeds, names, ALL)
+
+    return section
+
+
+def critic_section():
+    """How the critic is taught, and what is left of the lead of `fixed` then."""
+    lines = []
+    for name in PARTS["critic"].settings:
+        arm, _, how = name.partition("-")
+        if how and arm == "token":
+            pairs = [(name, "token"), (f"fixed-{how}", name)]
+            lines += [line for line in claims("toy", pairs, THREE) if "RM area" in line]
+    table = exploratory("critic")()
+    return [*table, "", *lines] if table else []
 
 
 def lengths_section():
@@ -640,7 +661,7 @@ SECTIONS = {
     "Exploratory: terminations": exploratory("terminations"),
     "Exploratory: values of a macro action": exploratory("sigma"),
     "Exploratory: mean rewards, macro ratios": exploratory("variants"),
-    "Exploratory: how the critic is taught": exploratory("critic"),
+    "Exploratory: how the critic is taught": critic_section,
     "Exploratory: a critic that is taught hard": exploratory("good"),
     "Exploratory: other lengths": lengths_section,
     "Credit against the truth": credit_section,

@@ -172,16 +172,20 @@ def test_what_the_readmes_say_of_the_study_stands_in_its_tables():
     front = (study.ROOT / "README.md").read_text()
     results = (study.ROOT / "results" / "README.md").read_text()
     section = results.split("### What came out")[1].split("\n## ")[0]
-    found = [row for row in rows_of(front) + rows_of(section) if "RM area" in row]
-    assert len(found) == 18  # 6 on the front page; 8, and 4 pilots
+    found = [
+        row for row in rows_of(front) + rows_of(section) if "RM area" in row or "tests area" in row
+    ]
+    assert len(found) == 33  # 6 on the front page; 8, 5 of programs, 10 of critics, 4 pilots
     for row in found:
         assert any(row.items() <= other.items() for other in known), row
     interval = r"([+-]\d\.\d\d),?\s+\(?95\s+%\s+(-?\d\.\d\d)\s+to\s+(-?\d\.\d\d)"
-    told = re.findall(interval, front) + re.findall(interval, section)
-    assert len(told) == 25  # 9 on the front page, 5 comparisons of 3 measures, 1 of the departure
+    told = re.findall(interval, front.split("## Credit")[0])
+    assert len(told) == 14
+    told += re.findall(interval, section)
+    assert len(told) == 47  # 5 comparisons of 3 measures, 1 of the departure, 9 and 8
     assert set(told) <= set(re.findall(interval, kept))
     claimed = [line for line in section.splitlines() if line.startswith("- ") and "95 %" in line]
-    assert len(claimed) == 16 and set(claimed) <= set(kept.splitlines())
+    assert len(claimed) == 33 and set(claimed) <= set(kept.splitlines())
     leads = [row for row in rows_of(section) if "59" in row]
     assert len(leads) == 4 and all(row in known for row in leads)
     horizons = [line for line in section.splitlines() if line.startswith("- H = ")]
@@ -204,6 +208,10 @@ def test_other_numbers_of_the_findings():
     assert f"{lead['10'][1:]} points of RM score at step 10, {lead['59'][1:]} at the end" in front
     (end,) = re.findall(r"- fixed-taught - token-taught, RM score: \+(\S+)", kept)
     assert f"still different, and {end} at the end" in front
+    programs = rows_of(kept.split("## Confirmatory: programs")[1])[:5]
+    half = {row["arm"]: row["tests 50 %"].split()[0] for row in programs}
+    said = f"`fixed` takes {half['fixed']} of the steps of `token` to half of the gain"
+    assert f"{said}, `control` {half['control']}:" in front
     most = re.findall(r"- fixed - control, RM area: .*? to (\S+),", kept)[0]
     assert f"gain at most {most} beyond their horizon" in front
     # The pilots: four updates and ten steps ahead, counted over all 70 steps.
@@ -223,13 +231,22 @@ def test_explained_variance_rises_above_0_when_the_front_page_says():
 
 def test_what_the_readmes_say_of_credit_stands_in_its_table():
     kept = rows_of((study.RESULTS / "credit.md").read_text())
-    front = (study.ROOT / "README.md").read_text()
+    front = re.sub(r"\s+", " ", (study.ROOT / "README.md").read_text())
+    results = (study.ROOT / "results" / "README.md").read_text()
     known = {(row["run"], row["estimator"]): row for row in kept}
-    shown = [row for row in rows_of(front) if "step" in row]
+    shown = [row for row in rows_of(results) if "token, λ = 1" in row]
     assert [row.pop("step") for row in shown] == ["0", "20", "60"]
     for step, row in zip((0, 20, 60), shown, strict=True):
         for name, cell in row.items():
             assert cell == known[f"token/token, step {step}", name]["correlation, tokens"]
+
+    of_tokens = {name: re.findall(r"-?\d\.\d\d", cell) for name, cell in shown[0].items()}
+    of_tokens = {name: "{} (95 % {} to {})".format(*found) for name, found in of_tokens.items()}
+    assert f"a correlation of {of_tokens['token']} with the truth" in front
+    assert f"that of `fixed` {of_tokens['fixed, σ = equal'].replace('95 % ', '')}" in front
+    assert f"of `control` {of_tokens['control'].replace('95 % ', '')}" in front
+    later = [shown[1][name].split()[0] for name in ("token", "control", "fixed, σ = equal")]
+    assert sorted(set(later)) == ["0.11", "0.12"] and "all three are at 0.11 or 0.12" in front
 
     def of_values(run, step, column, name="V"):
         return float(known[f"{run}/token, step {step}", name][column].split()[0])
@@ -237,8 +254,8 @@ def test_what_the_readmes_say_of_credit_stands_in_its_table():
     luck = [of_values("token", step, "correlation", "return") ** 2 for step in (0, 20, 60)]
     start, middle, end = (f"{x:.2f}".lstrip("0") for x in luck)
     said = f"explains {start} of the returns ({middle}, {end} later; one seed)"
-    assert said in re.sub(r"\s+", " ", front)
-    text = re.sub(r"\s+", " ", (study.ROOT / "results" / "README.md").read_text())
+    assert said in front
+    text = re.sub(r"\s+", " ", results)
     start = of_values("token", 0, "correlation"), -of_values("token", 0, "bias")
     assert "(correlation {:.2f}) and {:.2f} too low".format(*start) in text
     low = [-of_values(run, 20, "bias") for run in ("token", "token-taught")]
