@@ -539,7 +539,7 @@ def draw_arms(names, png):
         if lines:
             panels.append(chapter5.Panel(label, "PPO steps", lines))
     if panels:
-        chapter5.plot(png, panels, "mean of 5 steps, range")
+        chapter5.plot(png, panels, "mean of 5 steps; range over seeds")
 
 
 def lead_section():

@@ -211,7 +211,7 @@ def test_other_numbers_of_the_findings():
     programs = rows_of(kept.split("## Confirmatory: programs")[1])[:5]
     half = {row["arm"]: row["tests 50 %"].split()[0] for row in programs}
     said = f"`fixed` takes {half['fixed']} of the steps of `token` to half of the gain"
-    assert f"{said}, `control` {half['control']}:" in front
+    assert f"{said}, `control` {half['control']};" in front
     most = re.findall(r"- fixed - control, RM area: .*? to (\S+),", kept)[0]
     assert f"gain at most {most} beyond their horizon" in front
     # The pilots: four updates and ten steps ahead, counted over all 70 steps.
@@ -242,7 +242,8 @@ def test_what_the_readmes_say_of_credit_stands_in_its_table():
 
     of_tokens = {name: re.findall(r"-?\d\.\d\d", cell) for name, cell in shown[0].items()}
     of_tokens = {name: "{} (95 % {} to {})".format(*found) for name, found in of_tokens.items()}
-    assert f"a correlation of {of_tokens['token']} with the truth" in front
+    at_first = of_tokens["token"].replace(")", ", over responses)")
+    assert f"a correlation of {at_first} with the truth" in front
     assert f"that of `fixed` {of_tokens['fixed, σ = equal'].replace('95 % ', '')}" in front
     assert f"of `control` {of_tokens['control'].replace('95 % ', '')}" in front
     later = [shown[1][name].split()[0] for name in ("token", "control", "fixed, σ = equal")]
@@ -253,7 +254,7 @@ def test_what_the_readmes_say_of_credit_stands_in_its_table():
 
     luck = [of_values("token", step, "correlation", "return") ** 2 for step in (0, 20, 60)]
     start, middle, end = (f"{x:.2f}".lstrip("0") for x in luck)
-    said = f"explains {start} of the returns ({middle}, {end} later; one seed)"
+    said = f"explains {start} of the returns ({middle}, {end} at steps 20, 60; one seed)"
     assert said in front
     text = re.sub(r"\s+", " ", results)
     start = of_values("token", 0, "correlation"), -of_values("token", 0, "bias")
