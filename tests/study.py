@@ -17,6 +17,7 @@ it needs and is not there yet; parts share runs. Interrupt it (Ctrl-C) as you li
     sigma          18 (12)     other values of a macro action
     variants       18 (12)     mean rewards; two epochs, with a ratio a token and a macro action
     critic         48 (36)     the critic's lambda x its updates x steps in which only it learns
+    doubts         15          faster learning, and the taught critic, with the horizon alone
     good           6           a critic taught so hard that it should know what is to come
     short          9           posts of 5 facts in place of 12: shorter responses
     long           9           posts of 24 facts: longer ones
@@ -153,6 +154,13 @@ VARIANTS = {
     "fixed-2epochs-macro": "--arms fixed --ppo_epochs 2 --ratio macro",
 }
 HARD = "--critic_lam 1 --critic_epochs 8 --value_clip 0 --critic_steps 20 --steps 120"
+DOUBTS = {
+    "token-lr": "--arms token --lr 1e-3",
+    "fixed-lr": "--arms fixed --lr 1e-3",
+    "control-lr": "--arms control --lr 1e-3",
+    "control-2epochs": "--arms control --ppo_epochs 2",
+    "control-taught": f"--arms control {TAUGHT}",
+}
 SHORT = {name: PLAIN[name] for name in ("token", "fixed", "control")}
 LONG = {name: f"{flags} --max_response 256" for name, flags in SHORT.items()}
 FACTS = 12  # that a post of the toy states
@@ -183,6 +191,7 @@ PARTS = {
     "sigma": Part("toy", THREE, SIGMA, 107),
     "variants": Part("toy", THREE, VARIANTS, 130),
     "critic": Part("toy", THREE, taught_critics(), 165),
+    "doubts": Part("toy", THREE, DOUBTS, 170),
     "good": Part("toy", THREE, both("good", HARD), 600),
     "short": Part("toy", THREE, SHORT, 60, facts=5),
     "long": Part("toy", THREE, LONG, 240, facts=24),
@@ -558,6 +567,11 @@ def lead_section():
     return chapter5.table(["RM score, mean of 5 steps", *map(str, steps)], rows)
 
 
+def token_level_section():
+    """What a longer horizon does to plain PPO: compared by nobody beforehand."""
+    return claims("toy", [("control", "token"), ("token-lam1", "token"), ("token-lam1", "control")])
+
+
 def first_candidate_section():
     """(c) with the critic that was taken before its pilots had been looked at."""
     table = measured("toy", TEN, {"token": "", **FOUR}, ALL)
@@ -630,8 +644,21 @@ def critic_section():
     return [*table, "", *lines] if table else []
 
 
+def doubts_section():
+    """What a sceptical reader asks of the toy's comparisons."""
+    table = exploratory("doubts")()
+    pairs = []
+    for how in ("lr", "2epochs", "taught"):  # a doubled rate, two updates, the critic of (c)
+        pairs += [(f"fixed-{how}", f"token-{how}"), (f"fixed-{how}", f"control-{how}")]
+    lines = [line for line in claims("toy", pairs, THREE) if "RM area" in line]
+    return [*table, "", *lines] if table else []
+
+
 def lengths_section():
     """Three arms at three lengths: posts of 5, 12 and 24 facts."""
+    made = [kept_arms(PARTS[name].folder, THREE, SHORT) for name in ("short", "long")]
+    if not any(made):
+        return []
     lines = []
     for name in ("short", "confirm", "long"):
         part = PARTS[name]
@@ -656,12 +683,14 @@ SECTIONS = {
     "Confirmatory: ten seeds": confirm_section,
     "Confirmatory: programs": code_section,
     "Exploratory: when the lead is won": lead_section,
+    "Exploratory: a longer horizon at token level": token_level_section,
     "Exploratory: a critic taught by the first candidate": first_candidate_section,
     "Exploratory: n and λ": horizon_section,
     "Exploratory: terminations": exploratory("terminations"),
     "Exploratory: values of a macro action": exploratory("sigma"),
     "Exploratory: mean rewards, macro ratios": exploratory("variants"),
     "Exploratory: how the critic is taught": critic_section,
+    "Exploratory: faster learning, and the taught critic, with the horizon alone": doubts_section,
     "Exploratory: a critic that is taught hard": exploratory("good"),
     "Exploratory: other lengths": lengths_section,
     "Credit against the truth": credit_section,
