@@ -212,8 +212,6 @@ def test_other_numbers_of_the_findings():
     half = {row["arm"]: row["tests 50 %"].split()[0] for row in programs}
     said = f"`fixed` takes {half['fixed']} of the steps of `token` to half of the gain"
     assert f"{said}, `control` {half['control']};" in front
-    most = re.findall(r"- fixed - control, RM area: .*? to (\S+),", kept)[0]
-    assert f"gain at most {most} beyond their horizon" in front
     # The pilots: four updates and ten steps ahead, counted over all 70 steps.
     folders = [study.RESULTS / "toy" / f"seed{seed}" / "token-taught-4-10" for seed in (0, 1)]
     areas = [study.chapter5.area(study.chapter5.read_metrics(x), "rm_score") for x in folders]
@@ -231,7 +229,7 @@ def test_explained_variance_rises_above_0_when_the_readmes_say():
         means = [sum(step) / len(step) for step in zip(*curves, strict=True)]
         first[name] = next(step for step, mean in enumerate(means) if mean > 0)
     assert first == {"token": 8, "fixed": 10, "control": 10, "token-taught": 2}
-    assert "below 0 in the first eight steps" in re.sub(r"\s+", " ", front)
+    assert "below 0, in all arms in the first eight steps" in re.sub(r"\s+", " ", front)
     said = (
         "above 0 from step 2 on, that of `token` from step 8, of `fixed` and `control` from step 10"
     )
