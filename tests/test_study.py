@@ -192,7 +192,7 @@ def test_what_the_readmes_say_of_the_study_stands_in_its_tables():
     assert horizons == [line for line in kept.splitlines() if line.startswith("- H = ")]
     for tokens in ("10", "20", "100"):
         (found,) = re.findall(rf"- H = {tokens} tokens, settings: \d, mean RM score (.*)", kept)
-        assert re.search(rf"{found}\s+at\s+(H\s=\s)?{tokens}\b", front), tokens
+        assert re.search(rf"{found}\s+at\s+(H\s=\s+)?{tokens}\b", front), tokens
 
 
 def test_other_numbers_of_the_findings():
