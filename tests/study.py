@@ -24,7 +24,7 @@ it needs and is not there yet; parts share runs. Interrupt it (Ctrl-C) as you li
     credit         -           the estimators against the truth, in two runs: 30 minutes
 
 A run of the toy takes 90 to 110 s of a core (rloo 80, a critic with four updates a step 150, with
-eight 220), SFT and RM of a seed, made once, 300 s. All but `four`, `doubts`: six hours on two cores.
+eight 220), SFT and RM of a seed, made once, 300 s. All but `four`, `doubts`: six hours on two.
 
 Kept in results/study/TASK/seedK/NAME: metrics.jsonl (COLUMNS; `seconds` is the mean of the run) and
 config.json. runs.json has each run's command, commit, and the seconds that it took.
