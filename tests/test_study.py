@@ -229,7 +229,7 @@ def test_explained_variance_rises_above_0_when_the_readmes_say():
         means = [sum(step) / len(step) for step in zip(*curves, strict=True)]
         first[name] = next(step for step, mean in enumerate(means) if mean > 0)
     assert first == {"token": 8, "fixed": 10, "control": 10, "token-taught": 2}
-    assert "below 0, in all arms in the first eight steps" in re.sub(r"\s+", " ", front)
+    assert "below 0 (in all arms for eight steps)" in re.sub(r"\s+", " ", front)
     said = (
         "above 0 from step 2 on, that of `token` from step 8, of `fixed` and `control` from step 10"
     )
