@@ -1129,8 +1129,8 @@ def check_numbers(cfg):
         if not 0 < getattr(cfg, name) < math.inf:
             sft.fail(f"--{name} must be positive, got {getattr(cfg, name)}")
     at_least = {"n": 1, "ppo_epochs": 1, "critic_epochs": 1, "critic_steps": 0, "value_clip": 0}
-    at_least |= {"gamma": 0, "lam": 0, "critic_lam": 0, "beta": 0, "top_k": 0}
-    at_least |= {"sample_batch_size": 0}
+    at_least |= {"gamma": 0, "lam": 0, "critic_lam": 0, "beta": 0}
+    at_least |= {"top_k": 0, "sample_batch_size": 0}
     for name, least in at_least.items():
         value = getattr(cfg, name)
         if value is not None and not least <= value < math.inf:
@@ -1139,6 +1139,8 @@ def check_numbers(cfg):
         value = getattr(cfg, name)
         if value is not None and value > 1:
             sft.fail(f"--{name} must be at most 1, got {value}")
+    if not cfg.epochs and cfg.critic_steps >= cfg.steps:
+        sft.fail(f"--critic_steps must be below --steps {cfg.steps}, got {cfg.critic_steps}")
     if not math.isfinite(cfg.no_eos_score):
         sft.fail(f"--no_eos_score must be a finite number, got {cfg.no_eos_score}")
 
@@ -1167,8 +1169,6 @@ def check_arms(cfg):
         sft.fail(f"control has the horizon of fixed at --gamma 1 only, got {cfg.gamma}")
     if "rloo" in cfg.arms and cfg.critic_steps:
         sft.fail("--critic_steps: rloo has no critic, and would learn nothing in these steps")
-    if not cfg.epochs and cfg.critic_steps >= cfg.steps:
-        sft.fail(f"--critic_steps must be below --steps {cfg.steps}, got {cfg.critic_steps}")
     if "rloo" in cfg.arms and (cfg.rloo_k < 2 or cfg.batch_size % cfg.rloo_k):
         sft.fail(f"--rloo_k must be at least 2 and divide --batch_size, got {cfg.rloo_k}")
     if "parsing" in cfg.arms:

@@ -685,6 +685,7 @@ def test_every_chapter_refuses_settings_that_cannot_work(refuses, chapter, flags
         ("--critic_lr 0", "--critic_lr"),
         ("--temperature 0", "--temperature"),
         ("--top_k -1", "--top_k"),
+        ("--sample_batch_size -1", "--sample_batch_size"),
         ("--top_p 0", "--top_p"),
         ("--top_p 1.1", "--top_p"),
         ("--sft no/such/folder", "no/such/folder"),

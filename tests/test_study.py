@@ -203,6 +203,11 @@ def test_other_numbers_of_the_findings():
     faster = [1 / float(rows["fixed"][name].split()[0]) for name in ("RM 90 %", "RM 50 %")]
     said = "{:.1f}× faster to 90 % of the reward gain ({:.1f}× to 50 %)".format(*faster)
     assert said in front
+    headline = front.split("> ", 1)[1].split("![")[0].replace("> ", "")
+    mean = {name: row["RM 90 %"].split()[0] for name, row in rows.items()}
+    assert f"in {mean['fixed']} of the steps" in headline and f"in {mean['control']}" in headline
+    mean = {name: row["RM area"].split()[0] for name, row in rows.items()}
+    assert f"reward of {mean['fixed']}, token level at {mean['token']}:" in headline
     leads = {row["RM score, mean of 5 steps"]: row for row in rows_of(kept) if "59" in row}
     lead = leads["fixed - token"]
     assert f"{lead['10'][1:]} points of RM score at step 10, {lead['59'][1:]} at the end" in front
@@ -212,11 +217,47 @@ def test_other_numbers_of_the_findings():
     half = {row["arm"]: row["tests 50 %"].split()[0] for row in programs}
     said = f"`fixed` takes {half['fixed']} of the steps of `token` to half of the gain"
     assert f"{said}, `control` {half['control']};" in front
+    (five,) = re.findall(
+        r"steps to 50 % / 90 % .*?\| (\.\d\d) / \.81 .* (\.\d\d) / \.97 \|", results
+    )
+    assert five == (".81", ".81") and "on five earlier seeds both took 0.81" in front
     # The pilots: four updates and ten steps ahead, counted over all 70 steps.
     folders = [study.RESULTS / "toy" / f"seed{seed}" / "token-taught-4-10" for seed in (0, 1)]
     areas = [study.chapter5.area(study.chapter5.read_metrics(x), "rm_score") for x in folders]
     assert f"ten steps ahead is {sum(areas) / 2:.2f} over all steps" in results
     assert f"{len(study.known_runs())} runs of commits" in results
+
+
+def test_what_the_text_says_of_exploratory_runs():
+    text = re.sub(r"\s+", " ", (study.ROOT / "results" / "README.md").read_text())
+
+    def area(name, first=0):
+        folders = [study.RESULTS / "toy" / f"seed{seed}" / name for seed in study.THREE]
+        runs = [study.chapter5.read_metrics(folder)[first:] for folder in folders]
+        return sum(study.chapter5.area(rows, "rm_score") for rows in runs) / len(runs)
+
+    token, fixed, late = area("token"), area("fixed"), "critic.95-1-20"
+    assert f"nearly the area of `fixed` ({area(f'token-{late}', 20):.2f} and {fixed:.2f})" in text
+    lead = area(f"fixed-{late}", 20) - area(f"token-{late}", 20)
+    assert f"{lead:.2f} in the place of {fixed - token:.2f}" in text
+    both = area(f"token-{late}"), area(f"fixed-{late}")
+    assert "the areas are {:.2f} and {:.2f}".format(*both) in text
+    assert f"`token` and `fixed` of these seeds: {token:.2f} and {fixed:.2f}" in text
+    leads = [area(f"fixed-{how}") - area(f"token-{how}") for how in ("lr", "2epochs")]
+    said = f"from {fixed - token:.2f} to " + "{:.2f} and {:.2f}".format(*leads)
+    assert said in text
+    kept = rows_of((study.RESULTS / "tables.md").read_text())
+    rows = {row["arm"]: row for row in kept if "arm" in row}
+    steps = [
+        rows[f"{arm}-2epochs"]["RM 90 %"].split()[0].removeprefix("0") for arm in ("fixed", "token")
+    ]
+    assert "`fixed-2epochs` takes {} of its steps, `token-2epochs` {}:".format(*steps) in text
+    runs = study.kept_arms("toy-24", study.THREE, study.SHORT).values()
+    every = [rows for folders in runs for rows in folders.values()]
+    lengths = [sum(rows[i]["response_length"] for rows in every) / len(every) for i in (0, -1)]
+    assert (
+        "about {:.0f}0 at first and {:.0f}0 at the end".format(*(x / 10 for x in lengths)) in text
+    )
 
 
 def test_explained_variance_rises_above_0_when_the_readmes_say():
