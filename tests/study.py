@@ -21,6 +21,7 @@ it needs and is not there yet; parts share runs. Interrupt it (Ctrl-C) as you li
     good           6           a critic taught so hard that it should know what is to come
     short          9           posts of 5 facts in place of 12: shorter responses
     long           9           posts of 24 facts: longer ones
+    level          30          seeds 20 to 29: a critic that starts at the right level
     credit         -           the estimators against the truth, in two runs: 30 minutes
 
 A run of the toy takes 90 to 110 s of a core (rloo 80, a critic with four updates a step 150, with
@@ -163,6 +164,7 @@ DOUBTS = {
 }
 SHORT = {name: PLAIN[name] for name in ("token", "fixed", "control")}
 LONG = {name: f"{flags} --max_response 256" for name, flags in SHORT.items()}
+LEVEL = {f"{name}-level": PLAIN[name] for name in ("token", "fixed", "control")}
 FACTS = 12  # that a post of the toy states
 
 
@@ -174,11 +176,22 @@ class Part(NamedTuple):
     settings: dict
     seconds: int  # of a run, roughly, on a core of its own
     facts: int = FACTS
+    level: bool = False  # whether critics are shifted, see `shift_critics`
 
     @property
     def folder(self):
         """What its results stand under."""
         return self.task if self.facts == FACTS else f"{self.task}-{self.facts}"
+
+    @property
+    def change(self):
+        """What its runs change in the chapters, a word for the command line; mostly nothing."""
+        return "level" if self.level else self.changed_facts
+
+    @property
+    def changed_facts(self):
+        """The same for SFT and RM, which know no critic."""
+        return "" if self.facts == FACTS else str(self.facts)
 
 
 PARTS = {
@@ -195,6 +208,7 @@ PARTS = {
     "good": Part("toy", THREE, both("good", HARD), 600),
     "short": Part("toy", THREE, SHORT, 60, facts=5),
     "long": Part("toy", THREE, LONG, 240, facts=24),
+    "level": Part("toy", TEN, LEVEL, 107, level=True),
 }
 STAGE_SECONDS = {"toy": 300, "toy-code": 100, "toy-5": 190, "toy-24": 700}
 
@@ -219,18 +233,17 @@ class Job:
     settings: str  # the flags that make the run what it is
     flags: list  # all flags of ma_ppo.py
     seconds: int
-    facts: int = FACTS
+    change: str = ""  # what is changed in the chapters: a number of facts, or "level"
 
     @property
     def command(self):
         """What a reader would type."""
-        other = self.facts != FACTS
-        script = f"tests/study.py {self.mode('run')}" if other else "ma_ppo.py"
+        script = f"tests/study.py {self.mode('run')}" if self.change else "ma_ppo.py"
         return f"python {script} {shlex.join(self.flags)}"
 
     def mode(self, kind):
-        """What its process is told: "stages" or "run", and another number of facts."""
-        return kind if self.facts == FACTS else f"{kind}-{self.facts}"
+        """What its process is told: "stages" or "run", and what it shall change."""
+        return f"{kind}-{self.change}" if self.change else kind
 
     @property
     def kept(self):
@@ -255,7 +268,7 @@ def jobs_of(part, out):
                 given += ["--reward_model", str(stages / "reward")]
             given += ["--keep", "3", "--resume", "auto"]
             name = f"{part.folder}/seed{seed}/{name}"
-            jobs.append(Job(name, flags, given, part.seconds, part.facts))
+            jobs.append(Job(name, flags, given, part.seconds, part.change))
     return jobs
 
 
@@ -272,7 +285,8 @@ def stages_of(part, jobs, out):
             if part.facts > FACTS:
                 flags += ["--max_response", "256"]
             flags += ["--resume", "auto"]
-            stages.append(Job(name, "", flags, STAGE_SECONDS[part.folder], part.facts))
+            seconds = STAGE_SECONDS[part.folder]
+            stages.append(Job(name, "", flags, seconds, part.changed_facts))
     return stages
 
 
@@ -370,9 +384,11 @@ def run_process(job, mode):
 def child(mode, flags):
     """What a process does: the stages, or one run without its closing picture."""
     ma_ppo = chapter5.ma_ppo
-    kind, _, facts = mode.partition("-")
-    if facts:
-        change_facts(int(facts))
+    kind, _, change = mode.partition("-")
+    if change == "level":
+        shift_critics()
+    elif change:
+        change_facts(int(change))
     if kind == "stages":
         cfg = ma_ppo.parse(flags)
         chapter5.sft.setup(cfg.device)
@@ -394,6 +410,32 @@ def change_facts(count):
         facts[f"later {slot}"] = sft.Fact(fact.values, f"later {fact.summary}", posts)
     sft.TOY_FACTS = dict(list(facts.items())[:count])
     sft.TOY_LONGEST = count + 2  # as it is for twelve
+
+
+def shift_critics():
+    """Let the critic of a run start at the right level, and otherwise as it is.
+
+    As a copy of the reward model, which reads unfinished texts here, it expects far too little. Its
+    bias is raised by the mean of return - V over the tokens of the first step's responses; every
+    difference between two of its values stays.
+    """
+    ma_ppo = chapter5.ma_ppo
+    load_models = ma_ppo.load_models
+
+    def load_and_shift(arm, cfg, device):
+        models, optimizers, tokenizer = load_models(arm, cfg, device)
+        examples = ma_ppo.choose_prompts(arm, ma_ppo.load_prompts(tokenizer, cfg), 0, cfg)
+        rollout = ma_ppo.sample(models["policy"], examples, 0, tokenizer, cfg)
+        ma_ppo.judge(rollout, models, examples, tokenizer, cfg)
+        # Before the first update no KL penalty is due: every token's return is the score.
+        error = rollout.scores[:, None] - rollout.values  # [B, T]
+        missing = ma_ppo.masked_mean(error, rollout.batch.mask)
+        print(f"the critic's level: {missing:+.3f}", flush=True)
+        with chapter5.torch.no_grad():
+            models["critic"].head.bias += missing
+        return models, optimizers, tokenizer
+
+    ma_ppo.load_models = load_and_shift
 
 
 # Keeping.
