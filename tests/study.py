@@ -21,8 +21,10 @@ it needs and is not there yet; parts share runs. Interrupt it (Ctrl-C) as you li
     good           6           a critic taught so hard that it should know what is to come
     short          9           posts of 5 facts in place of 12: shorter responses
     long           9           posts of 24 facts: longer ones
-    level          30          seeds 20 to 29: a critic that starts at the right level
+    level          30          seeds 20 to 29: critics that start at the right level
+    flat           30          seeds 20 to 29: critics that start with nothing but a level
     credit         -           the estimators against the truth, in two runs: 30 minutes
+    ends           -           what the first update praises: the responses' ends, or all else
 
 A run of the toy takes 90 to 110 s of a core (rloo 80, a critic with four updates a step 150, with
 eight 220), SFT and RM of a seed, made once, 300 s. All but `four`, `doubts`: six hours on two.
@@ -37,6 +39,7 @@ import json
 import math
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 import threading
@@ -165,6 +168,7 @@ DOUBTS = {
 SHORT = {name: PLAIN[name] for name in ("token", "fixed", "control")}
 LONG = {name: f"{flags} --max_response 256" for name, flags in SHORT.items()}
 LEVEL = {f"{name}-level": PLAIN[name] for name in ("token", "fixed", "control")}
+FLAT = {f"{name}-flat": PLAIN[name] for name in ("token", "fixed", "control")}
 FACTS = 12  # that a post of the toy states
 
 
@@ -176,7 +180,7 @@ class Part(NamedTuple):
     settings: dict
     seconds: int  # of a run, roughly, on a core of its own
     facts: int = FACTS
-    level: bool = False  # whether critics are shifted, see `shift_critics`
+    critic: str = ""  # how critics start, if otherwise than usual: see `change_critics`
 
     @property
     def folder(self):
@@ -186,7 +190,7 @@ class Part(NamedTuple):
     @property
     def change(self):
         """What its runs change in the chapters, a word for the command line; mostly nothing."""
-        return "level" if self.level else self.changed_facts
+        return self.critic or self.changed_facts
 
     @property
     def changed_facts(self):
@@ -208,7 +212,8 @@ PARTS = {
     "good": Part("toy", THREE, both("good", HARD), 600),
     "short": Part("toy", THREE, SHORT, 60, facts=5),
     "long": Part("toy", THREE, LONG, 240, facts=24),
-    "level": Part("toy", TEN, LEVEL, 107, level=True),
+    "level": Part("toy", TEN, LEVEL, 107, critic="level"),
+    "flat": Part("toy", TEN, FLAT, 107, critic="flat"),
 }
 STAGE_SECONDS = {"toy": 300, "toy-code": 100, "toy-5": 190, "toy-24": 700}
 
@@ -233,7 +238,7 @@ class Job:
     settings: str  # the flags that make the run what it is
     flags: list  # all flags of ma_ppo.py
     seconds: int
-    change: str = ""  # what is changed in the chapters: a number of facts, or "level"
+    change: str = ""  # what is changed in the chapters: a number of facts, or how critics start
 
     @property
     def command(self):
@@ -385,8 +390,8 @@ def child(mode, flags):
     """What a process does: the stages, or one run without its closing picture."""
     ma_ppo = chapter5.ma_ppo
     kind, _, change = mode.partition("-")
-    if change == "level":
-        shift_critics()
+    if change in ("level", "flat"):
+        change_critics(change)
     elif change:
         change_facts(int(change))
     if kind == "stages":
@@ -412,30 +417,42 @@ def change_facts(count):
     sft.TOY_LONGEST = count + 2  # as it is for twelve
 
 
-def shift_critics():
-    """Let the critic of a run start at the right level, and otherwise as it is.
+def change_critics(how):
+    """Let the critic of a run start at the right level.
 
-    As a copy of the reward model, which reads unfinished texts here, it expects far too little. Its
-    bias is raised by the mean of return - V over the tokens of the first step's responses; every
-    difference between two of its values stays.
+    As a copy of the reward model, which reads unfinished texts here, it expects far too little.
+    "level": its bias is raised by the mean of return - V over the tokens of the first step's
+    responses; every difference between two of its values stays. "flat": there are no differences
+    any more, for its head is set to 0 first; it knows the mean, and nothing else.
     """
-    ma_ppo = chapter5.ma_ppo
-    load_models = ma_ppo.load_models
+    load_models = chapter5.ma_ppo.load_models
 
-    def load_and_shift(arm, cfg, device):
+    def load_and_change(arm, cfg, device):
         models, optimizers, tokenizer = load_models(arm, cfg, device)
-        examples = ma_ppo.choose_prompts(arm, ma_ppo.load_prompts(tokenizer, cfg), 0, cfg)
-        rollout = ma_ppo.sample(models["policy"], examples, 0, tokenizer, cfg)
-        ma_ppo.judge(rollout, models, examples, tokenizer, cfg)
-        # Before the first update no KL penalty is due: every token's return is the score.
-        error = rollout.scores[:, None] - rollout.values  # [B, T]
-        missing = ma_ppo.masked_mean(error, rollout.batch.mask)
-        print(f"the critic's level: {missing:+.3f}", flush=True)
+        head = models["critic"].head
         with chapter5.torch.no_grad():
-            models["critic"].head.bias += missing
+            if how == "flat":
+                head.weight.zero_()
+            _, missing = first_rollout(models, tokenizer, cfg)
+            head.bias += missing
+        print(f"the critic's level: {missing:+.3f}", flush=True)
         return models, optimizers, tokenizer
 
-    ma_ppo.load_models = load_and_shift
+    chapter5.ma_ppo.load_models = load_and_change
+
+
+def first_rollout(models, tokenizer, cfg):
+    """The judged rollout of step 0, and the mean of return - V over its tokens.
+
+    Before the first update no KL penalty is due: every token's return is the score.
+    """
+    ma_ppo = chapter5.ma_ppo
+    prompts = ma_ppo.load_prompts(tokenizer, cfg)
+    examples = ma_ppo.choose_prompts("token", prompts, 0, cfg)
+    rollout = ma_ppo.sample(models["policy"], examples, 0, tokenizer, cfg)
+    ma_ppo.judge(rollout, models, examples, tokenizer, cfg)
+    error = rollout.scores[:, None] - rollout.values  # [B, T]
+    return rollout, ma_ppo.masked_mean(error, rollout.batch.mask)
 
 
 # Keeping.
@@ -510,6 +527,43 @@ def examine(args):
     (RESULTS / "credit.md").write_text("\n".join(chapter5.credit(options)) + "\n")
 
 
+def praise_at_the_end(args):
+    """The part `ends`: what the first update of ten seeds praises, the end or all else.
+
+    Of the first step's responses, with the critic as it starts and with the right level. Kept is
+    the mean of the whitened advantages of each response's last ten tokens, and of its other ones.
+    """
+    ma_ppo = chapter5.ma_ppo
+    part = PARTS["level"]
+    jobs = [job for job in jobs_of(part, args.out) if job.settings == PLAIN["token"]]
+    work(stages_of(part, jobs, args.out), "stages", args.workers, lambda job: None)
+    rows = []
+    for job in jobs:
+        cfg = ma_ppo.parse(job.flags)
+        models, _, tokenizer = ma_ppo.load_models("token", cfg, chapter5.sft.setup("cpu"))
+        rollout, missing = first_rollout(models, tokenizer, cfg)
+        mask = rollout.batch.mask  # [B, T]
+        zero = chapter5.torch.zeros_like(rollout.logprobs)  # [B, T], before any KL
+        rewards = ma_ppo.token_rewards(rollout.scores, zero, zero, mask, cfg.beta)  # [B, T]
+        to_end = mask.flip(1).cumsum(1).flip(1) * mask  # [B, T]: 1 at the last token
+        late = (to_end > 0) & (to_end <= 10)
+        for shift, critic in ((0, "as it starts"), (missing, "at the right level")):
+            values = rollout.values
+            rollout.values = (values + shift) * mask
+            for name, guess in chapter5.guesses_of(rollout, rewards, tokenizer, cfg).items():
+                if name in ("token", "token, λ = 1", "control", "fixed, σ = equal"):
+                    credit = ma_ppo.whiten(guess.advantages, mask)  # [B, T]
+                    end = ma_ppo.masked_mean(credit, late)
+                    other = ma_ppo.masked_mean(credit, mask.bool() & ~late)
+                    row = {"seed": cfg.seed, "critic": critic, "estimator": name}
+                    rows.append(row | {"last 10": rounded(end), "others": rounded(other)})
+            rollout.values = values
+        print(f"seed {cfg.seed}: the critic is {missing:.2f} too low", flush=True)
+        rows.append({"seed": cfg.seed, "critic": "as it starts", "too low": rounded(missing)})
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (RESULTS / "ends.jsonl").write_text(text)
+
+
 def trained(job):
     """Where a run leaves its models."""
     out, arm = (job.flags[job.flags.index(name) + 1] for name in ("--out", "--arms"))
@@ -573,6 +627,29 @@ def claims(folder, pairs, seeds=TEN):
     return lines
 
 
+def paired(what, measure, pairs, folder="toy", seeds=TEN):
+    """Lines as those of `claims`, for a measure of our own: a function of a run's rows."""
+    lines = []
+    for arm, versus in pairs:
+        arms = kept_arms(folder, seeds, dict.fromkeys([versus, arm]))
+        if arms and len(arms[arm]) > 1:
+            values, others = ([measure(rows) for rows in arms[x].values()] for x in (arm, versus))
+            margin = 0.1 * abs(fmean(others))
+            said = chapter5.in_words(values, others, margin)
+            lines.append(f"- {arm} - {versus}, {what}: {said}")
+    return lines
+
+
+def rm_area(rows):
+    """Mean RM score of the first 60 steps."""
+    return chapter5.area(rows[:60], "rm_score")
+
+
+def shortest(rows):
+    """The shortest mean response of five steps, in tokens."""
+    return min(chapter5.smooth(chapter5.column(rows[:60], "response_length")))
+
+
 def confirm_section():
     """The confirmatory comparisons, and the picture of four arms."""
     draw_arms(["token", "fixed", "control", "token-taught"], FIGURES / "study.png")
@@ -607,6 +684,105 @@ def lead_section():
         for name in names[1:]
     ]
     return chapter5.table(["RM score, mean of 5 steps", *map(str, steps)], rows)
+
+
+def shortening_section():
+    """How long responses are on the way, and whether a setting that shortens them learns slowly."""
+    arms = kept_arms("toy", TEN, CONFIRM)
+    if not arms:
+        return []
+    steps = (0, 5, 10, 20, 40, 59)
+    rows = []
+    for name, runs in arms.items():
+        columns = [chapter5.column(found, "response_length") for found in runs.values()]
+        curve = [fmean(lengths) for lengths in zip(*map(chapter5.smooth, columns), strict=True)]
+        least = chapter5.spread([shortest(found) for found in runs.values()], "mean")
+        rows.append([name, *(f"{curve[x]:.0f}" for x in steps if x < len(curve)), least])
+    heads = ["tokens, mean of 5 steps", *(str(x) for x in steps if x < len(curve)), "shortest"]
+    pairs = [(arm, "token") for arm in ("fixed", "control", "token-taught")]
+    lines = paired("shortest responses", shortest, pairs)
+    return [*chapter5.table(heads, rows), "", *lines, "", *settings_by_length()]
+
+
+def settings_by_length():
+    """Every setting of seeds 20 to 22: its shortest responses and its RM area, means over these."""
+    names = {}
+    for part in PARTS.values():
+        if part.folder == "toy" and set(THREE) <= set(part.seeds):
+            names |= part.settings
+    rows = []
+    for name in names:
+        arms = kept_arms("toy", THREE, [name])
+        if arms and len(arms[name]) == len(THREE):
+            runs = arms[name].values()
+            rows.append((fmean(map(shortest, runs)), fmean(map(rm_area, runs)), name))
+    rows.sort()
+    grid = [(tokens, area) for tokens, area, name in rows if name in n_and_lambda()]
+    if not grid:
+        return []
+    found = statistics.correlation(*zip(*grid, strict=True))
+    cells = [[name, f"{tokens:.0f}", f"{area:.2f}"] for tokens, area, name in rows]
+    return [
+        f"- {len(grid)} settings of the grid, shortest responses and RM area: r = {found:.2f}",
+        "",
+        *chapter5.table(["setting", "shortest", "RM area"], cells),
+    ]
+
+
+def kl_section():
+    """What the arms cost: the KL at the end, compared by nobody beforehand."""
+    pairs = [("fixed", "token"), ("control", "token"), ("token-lam1", "token")]
+    pairs += [("fixed", "control"), ("fixed-lam1", "token-lam1"), ("rloo", "fixed")]
+    return paired("KL", lambda rows: chapter5.at_end(rows, "kl"), pairs)
+
+
+def ends_section():
+    """What the first update praises: a row an estimator, means and deviations over the seeds."""
+    path = RESULTS / "ends.jsonl"
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    low = chapter5.spread([row["too low"] for row in rows if "too low" in row], "mean")
+    cells = {}
+    for row in rows:
+        if "estimator" in row:
+            found = cells.setdefault((row["critic"], row["estimator"]), [])
+            found.append((row["last 10"], row["others"]))
+    table = []
+    for names, found in cells.items():
+        table.append([*names, *(chapter5.spread(x, "mean") for x in zip(*found, strict=True))])
+    heads = ["critic", "credit", "last 10 tokens", "all others"]
+    note = f"The critic is {low} too low. Mean whitened advantages of the first step's responses:"
+    return [note, "", *chapter5.table(heads, table)]
+
+
+def starts_section(how):
+    """A section: critics that start otherwise, and what is left of the horizon's lead with them."""
+
+    def section():
+        arms = ("token", "fixed", "control")
+        changed = [f"{arm}-{how}" for arm in arms]
+        names = dict.fromkeys([*arms, *changed])
+        table = measured("toy", TEN, names, ALL)
+        if not table:
+            return []
+        pairs = [(changed[0], "token"), (changed[1], changed[2])]
+        pairs += [(changed[2], changed[0]), (changed[1], changed[0])]
+        lines = claims("toy", pairs)
+        lines += paired("shortest responses", shortest, [pairs[0], *pairs[2:]])
+        runs = kept_arms("toy", TEN, names)
+        areas = {name: [rm_area(rows) for rows in found.values()] for name, found in runs.items()}
+        for arm in arms[1:]:
+            before, after = (
+                [x - y for x, y in zip(areas[arm + end], areas["token" + end], strict=True)]
+                for end in ("", f"-{how}")
+            )
+            said = chapter5.in_words(before, after, 0.1 * fmean(areas["token"]))
+            what = f"({arm} - token) - ({arm}-{how} - token-{how})"
+            lines.append(f"- {what}, RM area: {said}")
+        return [*table, "", *lines]
+
+    return section
 
 
 def token_level_section():
@@ -724,8 +900,13 @@ def credit_section():
 SECTIONS = {
     "Confirmatory: ten seeds": confirm_section,
     "Confirmatory: programs": code_section,
+    "Confirmatory: critics that start at the right level": starts_section("level"),
+    "Confirmatory: critics that start flat": starts_section("flat"),
     "Exploratory: when the lead is won": lead_section,
+    "Exploratory: responses become shorter at first": shortening_section,
+    "Exploratory: what the first update praises": ends_section,
     "Exploratory: a longer horizon at token level": token_level_section,
+    "Exploratory: KL at the end": kl_section,
     "Exploratory: a critic taught by the first candidate": first_candidate_section,
     "Exploratory: n and λ": horizon_section,
     "Exploratory: terminations": exploratory("terminations"),
@@ -748,7 +929,9 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", nargs="+", choices=[*PARTS, "credit", "tables"], metavar="PART")
+    parser.add_argument(
+        "part", nargs="+", choices=[*PARTS, "credit", "ends", "tables"], metavar="PART"
+    )
     parser.add_argument("--out", default="runs/study", help="where runs are trained")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--list", action="store_true", help="print commands, run nothing")
@@ -760,6 +943,8 @@ def main():
             (RESULTS / "tables.md").write_text(tables())
         elif name == "credit":
             examine(args)
+        elif name == "ends":
+            praise_at_the_end(args)
         else:
             make(PARTS[name], args)
 

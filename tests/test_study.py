@@ -19,9 +19,9 @@ def test_one_name_means_one_run_wherever_it_stands():
         assert made.setdefault(job.name, job.flags) == job.flags
     settings = {}
     for job in every_job():
-        folder = job.name.rsplit("/", 1)[0]
+        made_from = (job.name.rsplit("/", 1)[0], job.settings, job.change)
         # Two names for the same settings would be trained twice.
-        assert settings.setdefault((folder, job.settings), job.name) == job.name
+        assert settings.setdefault(made_from, job.name) == job.name
 
 
 def test_the_docstring_counts_the_runs_of_every_part():
@@ -128,7 +128,8 @@ def write_run(job, seed, out):
 def test_all_tables_and_figures_come_from_results_alone(results):
     text = study.tables()
     for title in study.SECTIONS:
-        assert (f"## {title}" in text) == (title != "Credit against the truth")  # no such file
+        no_file = ("Credit against the truth", "Exploratory: what the first update praises")
+        assert (f"## {title}" in text) == (title not in no_file)
     claimed = "- fixed - token, RM area: +0.50 (95 % 0.50 to 0.50, p = .500, 2 seeds)"
     assert f"{claimed}: equivalent within ±2.50, though different" in text  # a tenth of 25
     assert "- fixed - control, RM score: +0.50" in text
@@ -363,3 +364,60 @@ def test_credit_makes_the_models_that_are_missing_and_only_those(tmp_path, capsy
         (folder / "run.json").write_text("{}")
     study.examine(args)
     assert capsys.readouterr().out.splitlines() == [last]
+
+
+@pytest.fixture
+def level(toy, tmp_path, monkeypatch, quick_runs):
+    """The part `level`, for one seed, with the models of the fixture `toy` in its folders."""
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(study.chapter5.ma_ppo, "load_models", study.chapter5.ma_ppo.load_models)
+    part = study.PARTS["level"]._replace(seeds=(20,))
+    monkeypatch.setitem(study.PARTS, "level", part)
+    folder = study.stage_folder(tmp_path, part, 20)
+    folder.mkdir(parents=True)
+    for stage in ("sft", "reward"):
+        (folder / stage).symlink_to(toy.folder / stage)
+    study.RESULTS.mkdir()
+    return part
+
+
+def test_a_shifted_critic_has_the_right_level_and_is_otherwise_the_same(level, tmp_path):
+    ma_ppo, torch = study.chapter5.ma_ppo, study.chapter5.torch
+    job = study.jobs_of(level, tmp_path)[0]
+    assert job.command.startswith("python tests/study.py run-level --task toy --seed 20")
+    assert study.stages_of(level, [job], tmp_path) == []  # those of the other parts
+    cfg = ma_ppo.parse([*job.flags, "--batch_size", "8", "--max_response", "32"])
+    models, _, tokenizer = ma_ppo.load_models("token", cfg, torch.device("cpu"))
+    before, missing = study.first_rollout(models, tokenizer, cfg)
+    study.change_critics("level")
+    models, _, _ = ma_ppo.load_models("token", cfg, torch.device("cpu"))
+    after, left = study.first_rollout(models, tokenizer, cfg)
+    mask = before.batch.mask.bool()
+    assert abs(missing) > 0.1 > 1e-4 > abs(left)
+    assert after.tokens == before.tokens and torch.equal(after.scores, before.scores)
+    torch.testing.assert_close((after.values - before.values)[mask], mask[mask] * missing)
+    study.change_critics("flat")  # on top of it: what it starts from does not matter
+    models, _, _ = ma_ppo.load_models("token", cfg, torch.device("cpu"))
+    flat, left = study.first_rollout(models, tokenizer, cfg)
+    every = before.scores[:, None].expand(mask.shape)[mask]  # the return of every token
+    torch.testing.assert_close(flat.values[mask], every.mean().expand(len(every)))
+    returns = before.scores[:, None] - before.values
+    assert missing == pytest.approx(float(returns[mask].mean()), rel=1e-5)
+
+
+def test_what_the_first_update_praises(level, tmp_path, capsys):
+    args = argparse.Namespace(out=tmp_path, workers=1)
+    study.praise_at_the_end(args)
+    lines = (study.RESULTS / "ends.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 9 and abs(rows[-1]["too low"]) > 0.1
+    told = {(row["estimator"], row["critic"]): row["last 10"] for row in rows[:-1]}
+    critics = ("as it starts", "at the right level")
+    far = [told["token, λ = 1", critic] for critic in critics]
+    assert far[0] == pytest.approx(far[1], abs=1e-4)  # every token gets the error: it is whitened
+    near = [told["token", critic] for critic in critics]
+    # What is too low raises the end's credit, what is too high lowers it; less so far from it.
+    assert (near[0] - near[1]) * rows[-1]["too low"] > 0.1
+    control = [told["control", critic] for critic in critics]
+    assert abs(near[0] - near[1]) > abs(control[0] - control[1]) > 0.01
+    assert "| as it starts | token |" in "\n".join(study.ends_section())
