@@ -661,8 +661,7 @@ def draw_arms(names, png):
     """Learning curves of some arms, mean and range over the ten seeds."""
     arms = kept_arms("toy", TEN, names)
     panels = []
-    more = {"kl": "KL to reference, nats", "explained_variance": "explained variance"}
-    for key, label in (chapter5.SCORES | more).items():
+    for key, label in (chapter5.SCORES | chapter5.PANELS).items():
         lines = chapter5.curve_lines(arms, key)
         if lines:
             panels.append(chapter5.Panel(label, "PPO steps", lines))
@@ -673,6 +672,8 @@ def draw_arms(names, png):
 def lead_section():
     """How far arms are ahead of `token` at some steps, in the mean over the seeds."""
     names = ["token", "fixed", "control", "token-taught", "rloo"]
+    if kept_arms("toy", TEN, ["token-level"]):
+        names += ["token-level", "control-level"]
     arms = kept_arms("toy", TEN, names)
     if not arms:
         return []
@@ -684,6 +685,14 @@ def lead_section():
         for name in names[1:]
     ]
     return chapter5.table(["RM score, mean of 5 steps", *map(str, steps)], rows)
+
+
+def level_section():
+    """Critics that start at the right level, and their picture."""
+    lines = starts_section("level")()
+    if lines:
+        draw_arms(["token", "token-level", "control"], FIGURES / "level.png")
+    return lines
 
 
 def shortening_section():
@@ -900,7 +909,7 @@ def credit_section():
 SECTIONS = {
     "Confirmatory: ten seeds": confirm_section,
     "Confirmatory: programs": code_section,
-    "Confirmatory: critics that start at the right level": starts_section("level"),
+    "Confirmatory: critics that start at the right level": level_section,
     "Confirmatory: critics that start flat": starts_section("flat"),
     "Exploratory: when the lead is won": lead_section,
     "Exploratory: responses become shorter at first": shortening_section,
