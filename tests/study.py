@@ -23,6 +23,7 @@ it needs and is not there yet; parts share runs. Interrupt it (Ctrl-C) as you li
     long           9           posts of 24 facts: longer ones
     level          30          seeds 20 to 29: critics that start at the right level
     flat           30          seeds 20 to 29: critics that start with nothing but a level
+    centred        30          seeds 20 to 29: values that are at the right level in every step
     credit         -           the estimators against the truth, in two runs: 30 minutes
     ends           -           what the first update praises: the responses' ends, or all else
 
@@ -169,6 +170,7 @@ SHORT = {name: PLAIN[name] for name in ("token", "fixed", "control")}
 LONG = {name: f"{flags} --max_response 256" for name, flags in SHORT.items()}
 LEVEL = {f"{name}-level": PLAIN[name] for name in ("token", "fixed", "control")}
 FLAT = {f"{name}-flat": PLAIN[name] for name in ("token", "fixed", "control")}
+CENTRED = {f"{name}-centred": PLAIN[name] for name in ("token", "fixed", "control")}
 FACTS = 12  # that a post of the toy states
 
 
@@ -180,7 +182,7 @@ class Part(NamedTuple):
     settings: dict
     seconds: int  # of a run, roughly, on a core of its own
     facts: int = FACTS
-    critic: str = ""  # how critics start, if otherwise than usual: see `change_critics`
+    critic: str = ""  # what is changed in critics: see `change_critics` and `centre_values`
 
     @property
     def folder(self):
@@ -214,6 +216,7 @@ PARTS = {
     "long": Part("toy", THREE, LONG, 240, facts=24),
     "level": Part("toy", TEN, LEVEL, 107, critic="level"),
     "flat": Part("toy", TEN, FLAT, 107, critic="flat"),
+    "centred": Part("toy", TEN, CENTRED, 107, critic="centred"),
 }
 STAGE_SECONDS = {"toy": 300, "toy-code": 100, "toy-5": 190, "toy-24": 700}
 
@@ -238,7 +241,7 @@ class Job:
     settings: str  # the flags that make the run what it is
     flags: list  # all flags of ma_ppo.py
     seconds: int
-    change: str = ""  # what is changed in the chapters: a number of facts, or how critics start
+    change: str = ""  # what is changed in the chapters: a number of facts, or critics
 
     @property
     def command(self):
@@ -392,6 +395,8 @@ def child(mode, flags):
     kind, _, change = mode.partition("-")
     if change in ("level", "flat"):
         change_critics(change)
+    elif change == "centred":
+        centre_values()
     elif change:
         change_facts(int(change))
     if kind == "stages":
@@ -439,6 +444,27 @@ def change_critics(how):
         return models, optimizers, tokenizer
 
     chapter5.ma_ppo.load_models = load_and_change
+
+
+def centre_values():
+    """Let values be at the right level in every step, before advantages are made of them.
+
+    All are shifted by the mean of return - V over the step's tokens, the return being the rewards
+    that really came. What the critic says, and all differences between its values, stay.
+    """
+    ma_ppo = chapter5.ma_ppo
+    estimate = ma_ppo.estimate
+
+    def estimate_centred(arm, rollout, rewards, lam, cfg):
+        mask, values = rollout.batch.mask, rollout.values  # [B, T]
+        returns = ma_ppo.discounted_sum(rewards * mask, 1.0)  # [B, T]
+        missing = ma_ppo.masked_mean(returns - values, mask)
+        rollout.values = (values + missing) * mask
+        found = estimate(arm, rollout, rewards, lam, cfg)
+        rollout.values = values
+        return found
+
+    ma_ppo.estimate = estimate_centred
 
 
 def first_rollout(models, tokenizer, cfg):
@@ -772,14 +798,14 @@ def starts_section(how):
         arms = ("token", "fixed", "control")
         changed = [f"{arm}-{how}" for arm in arms]
         names = dict.fromkeys([*arms, *changed])
-        table = measured("toy", TEN, names, ALL)
-        if not table:
+        runs = kept_arms("toy", TEN, names)
+        if not runs or len(runs["token"]) < 2:  # one seed has no interval
             return []
+        table = measured("toy", TEN, names, ALL)
         pairs = [(changed[0], "token"), (changed[1], changed[2])]
         pairs += [(changed[2], changed[0]), (changed[1], changed[0])]
         lines = claims("toy", pairs)
         lines += paired("shortest responses", shortest, [pairs[0], *pairs[2:]])
-        runs = kept_arms("toy", TEN, names)
         areas = {name: [rm_area(rows) for rows in found.values()] for name, found in runs.items()}
         for arm in arms[1:]:
             before, after = (
@@ -911,6 +937,7 @@ SECTIONS = {
     "Confirmatory: programs": code_section,
     "Confirmatory: critics that start at the right level": level_section,
     "Confirmatory: critics that start flat": starts_section("flat"),
+    "Confirmatory: values at the right level in every step": starts_section("centred"),
     "Exploratory: when the lead is won": lead_section,
     "Exploratory: responses become shorter at first": shortening_section,
     "Exploratory: what the first update praises": ends_section,

@@ -467,3 +467,21 @@ def test_what_the_first_update_praises(level, tmp_path, capsys):
     control = [told["control", critic] for critic in critics]
     assert abs(near[0] - near[1]) > abs(control[0] - control[1]) > 0.01
     assert "| as it starts | token |" in "\n".join(study.ends_section())
+
+
+def test_centred_values_are_at_the_right_level_and_the_critic_is_told_nothing(monkeypatch):
+    ma_ppo, torch = study.chapter5.ma_ppo, study.chapter5.torch
+    monkeypatch.setattr(ma_ppo, "estimate", ma_ppo.estimate)
+    batch = study.chapter5.sft.Batch(None, None, torch.tensor([[1, 1, 1], [1, 1, 0]]))
+    rollout = ma_ppo.Rollout(batch, [], [], [])
+    rollout.values = torch.tensor([[1.0, 0, 2], [1, 1, 0]])
+    rewards = torch.tensor([[0.0, -1, 7], [0, 4, 0]])
+    # Returns: 6, 6, 7 and 4, 4, a mean of 5.4; values: a mean of 1. So 4.4 are missing.
+    shifted = torch.tensor([[5.4, 4.4, 6.4], [5.4, 5.4, 0]])
+    cfg = ma_ppo.Config(lam=0.5)
+    expected = ma_ppo.token_gae(rewards, shifted, batch.mask, 1.0, 0.5)
+    study.centre_values()
+    found = ma_ppo.estimate("token", rollout, rewards, 0.5, cfg)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert rollout.values.tolist() == [[1, 0, 2], [1, 1, 0]]
