@@ -698,8 +698,8 @@ def draw_arms(names, png):
 def lead_section():
     """How far arms are ahead of `token` at some steps, in the mean over the seeds."""
     names = ["token", "fixed", "control", "token-taught", "rloo"]
-    if kept_arms("toy", TEN, ["token-level"]):
-        names += ["token-level", "control-level"]
+    if kept_arms("toy", TEN, ["token-centred"]):
+        names += ["token-level", "control-level", "token-centred", "control-centred"]
     arms = kept_arms("toy", TEN, names)
     if not arms:
         return []
@@ -717,7 +717,8 @@ def level_section():
     """Critics that start at the right level, and their picture."""
     lines = starts_section("level")()
     if lines:
-        draw_arms(["token", "token-level", "control"], FIGURES / "level.png")
+        names = ["token", "control", "token-level", "token-centred"]
+        draw_arms(names, FIGURES / "level.png")
     return lines
 
 

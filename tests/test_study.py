@@ -176,19 +176,19 @@ def test_what_the_readmes_say_of_the_study_stands_in_its_tables():
     found = [
         row for row in rows_of(front) + rows_of(section) if "RM area" in row or "tests area" in row
     ]
-    assert len(found) == 48  # 6 on the front page; 8, 5 of programs, 29 others
+    assert len(found) == 68  # 6 on the front page; 8, 5 of programs, 49 others
     for row in found:
         assert any(row.items() <= other.items() for other in known), row
     interval = r"([+-]\d\.\d\d),?\s+\(?95\s+%\s+(-?\d\.\d\d)\s+to\s+(-?\d\.\d\d)"
     told = re.findall(interval, front.split("## Credit")[0])
-    assert len(told) == 19
+    assert len(told) == 20
     told += re.findall(interval, section)
-    assert len(told) == 98
+    assert len(told) == 113
     assert set(told) <= set(re.findall(interval, kept))
     claimed = [line for line in section.splitlines() if line.startswith("- ") and "95 %" in line]
-    assert len(claimed) == 80 and set(claimed) <= set(kept.splitlines())
+    assert len(claimed) == 96 and set(claimed) <= set(kept.splitlines())
     leads = [row for row in rows_of(section) if "59" in row]
-    assert len(leads) == 14 and all(row in known for row in leads)
+    assert len(leads) == 16 and all(row in known for row in leads)
     horizons = [line for line in section.splitlines() if line.startswith("- H = ")]
     assert horizons == [line for line in kept.splitlines() if line.startswith("- H = ")]
     for tokens in ("10", "20", "100"):
@@ -285,15 +285,14 @@ def test_what_the_readmes_say_of_the_critics_level():
     ends = (study.RESULTS / "tables.md").read_text()
     (low,) = re.findall(r"The critic is (\d\.\d\d ± \d\.\d\d) too low", ends)
     assert f"The critic is {low} too low" in results
-    assert f"as a copy of the RM: by {float(low.split()[0]):.1f} points" in front
+    assert f"As a copy of the RM it does, by {float(low.split()[0]):.1f} points" in front
     praise = {
         row["credit"]: row["last 10 tokens"].split()[0]
         for row in kept
         if row.get("critic") == "as it starts"
     }
-    names = ("token", "fixed, σ = equal", "control", "token, λ = 1")
-    said = "{} standard deviations in `token`, whatever they say, {} in `fixed`, {} in `control`, "
-    assert said.format(*(praise[x] for x in names)) + f"and {praise[names[3]]} at λ = 1" in front
+    said = "`token` credits the last ten tokens with {} standard deviations, whatever they say (at"
+    assert f"{said.format(praise['token'])} λ = 1 with {praise['token, λ = 1']}:" in front
     lengths = {
         row["tokens, mean of 5 steps"]: row for row in kept if "tokens, mean of 5 steps" in row
     }
@@ -306,12 +305,10 @@ def test_what_the_readmes_say_of_the_critics_level():
     (grid,) = re.findall(r"settings of the grid, .*: r = 0(\.\d\d)", ends)
     assert f"correlation of {grid}." in front and f"correlation of {grid} " in results
     rows = {row["arm"]: row for row in kept if "arm" in row and "RM 50 %" in row}
-    steps = {name: rows[f"token-{name}"]["RM 50 %"].split()[0] for name in ("level",)}
-    control = next(row for row in kept if row.get("arm") == "control")["RM 50 %"].split()[0]
-    said = f"takes {steps['level']} of the steps of `token` to half of the gain (`control`:"
-    assert f"{said} {control})" in front
+    half = rows["token-level"]["RM 50 %"].split()[0]
+    first = next(row for row in kept if row.get("arm") == "control")["RM 50 %"].split()[0]
+    assert f"`token` needs 1.00, `token-level` {half}, `control` {first}" in results
     short = {row["setting"]: row["shortest"] for row in kept if "setting" in row}
-    assert f"`token` shrinks to {short['token-2epochs']} tokens" in front
     assert f"shortens its responses to {short['token-2epochs']} tokens" in results
     ten = {row["arm"]: row["KL"].split()[0] for row in reversed(kept) if "arm" in row}
     kl = [round(float(ten[name])) for name in ("control", "token")]
@@ -324,6 +321,22 @@ def test_what_the_readmes_say_of_the_critics_level():
     first = [rows[0]["response_length"] for rows in first]
     said = "here, too, from {:.0f} tokens to {:.0f}".format(*(sum(x) / 3 for x in (first, long)))
     assert said in results
+    found = {}
+    for name in ("token-level", "token-centred", "token"):
+        runs = study.kept_arms("toy", study.TEN, [name])[name].values()
+        curves = [[row["explained_variance"] for row in rows] for rows in runs]
+        means = [sum(step) / len(step) for step in zip(*curves, strict=True)]
+        found[name] = next(step for step, mean in enumerate(means) if mean > 0)
+    said = "above 0 from step {} on (`token-level`), that of a critic which must from step {} "
+    said = said.format(found["token-level"], found["token"])
+    assert said + f"(`token`) or {found['token-centred']} (`token-centred`)" in results
+    runs = study.kept_arms("toy", study.TEN, ["token-flat"])["token-flat"].values()
+    curves = [study.chapter5.smooth([row["response_length"] for row in rows]) for rows in runs]
+    means = [sum(step) / len(step) for step in zip(*curves, strict=True)]
+    assert f"shrink from {max(means[:12]):.0f} tokens to {min(means):.0f}." in results
+    ten = {row["arm"]: row for row in reversed(kept) if "arm" in row}
+    known = float(ten["token"]["explained variance"].split()[0])
+    assert f"It explains {100 * known:.0f} % of the returns' variance" in front
 
 
 def test_what_the_readmes_say_of_credit_stands_in_its_table():
