@@ -24,11 +24,13 @@ it needs and is not there yet; parts share runs. Interrupt it (Ctrl-C) as you li
     level          30          seeds 20 to 29: critics that start at the right level
     flat           30          seeds 20 to 29: critics that start with nothing but a level
     centred        30          seeds 20 to 29: values that are at the right level in every step
+    shifted        20          seeds 20 to 29: the same for advantages only, not for targets
     credit         -           the estimators against the truth, in two runs: 30 minutes
     ends           -           what the first update praises: the responses' ends, or all else
 
 A run of the toy takes 90 to 110 s of a core (rloo 80, a critic with four updates a step 150, with
-eight 220), SFT and RM of a seed, made once, 300 s. All but `four`, `doubts`: six hours on two.
+eight 220), SFT and RM of a seed, made once, 300 s. What was planned: six hours on two; `four`,
+`doubts`, `level`, `flat`, `centred` and `shifted`, which came later: one and a half.
 
 Kept in results/study/TASK/seedK/NAME: metrics.jsonl (COLUMNS; `seconds` is the mean of the run) and
 config.json. runs.json has each run's command, commit, and the seconds that it took.
@@ -171,6 +173,7 @@ LONG = {name: f"{flags} --max_response 256" for name, flags in SHORT.items()}
 LEVEL = {f"{name}-level": PLAIN[name] for name in ("token", "fixed", "control")}
 FLAT = {f"{name}-flat": PLAIN[name] for name in ("token", "fixed", "control")}
 CENTRED = {f"{name}-centred": PLAIN[name] for name in ("token", "fixed", "control")}
+SHIFTED = {f"{name}-shifted": PLAIN[name] for name in ("token", "control")}
 FACTS = 12  # that a post of the toy states
 
 
@@ -217,6 +220,7 @@ PARTS = {
     "level": Part("toy", TEN, LEVEL, 107, critic="level"),
     "flat": Part("toy", TEN, FLAT, 107, critic="flat"),
     "centred": Part("toy", TEN, CENTRED, 107, critic="centred"),
+    "shifted": Part("toy", TEN, SHIFTED, 107, critic="shifted"),
 }
 STAGE_SECONDS = {"toy": 300, "toy-code": 100, "toy-5": 190, "toy-24": 700}
 
@@ -395,8 +399,8 @@ def child(mode, flags):
     kind, _, change = mode.partition("-")
     if change in ("level", "flat"):
         change_critics(change)
-    elif change == "centred":
-        centre_values()
+    elif change in ("centred", "shifted"):
+        centre_values(targets=change == "centred")
     elif change:
         change_facts(int(change))
     if kind == "stages":
@@ -446,23 +450,25 @@ def change_critics(how):
     chapter5.ma_ppo.load_models = load_and_change
 
 
-def centre_values():
-    """Let values be at the right level in every step, before advantages are made of them.
+def centre_values(targets):
+    """Let values be at the right level in every step when advantages are made of them.
 
     All are shifted by the mean of return - V over the step's tokens, the return being the rewards
-    that really came. What the critic says, and all differences between its values, stay.
+    that really came; all differences between values stay. `targets`: whether what the critic is
+    taught, A + V, is made of the shifted values, too.
     """
     ma_ppo = chapter5.ma_ppo
     estimate = ma_ppo.estimate
 
     def estimate_centred(arm, rollout, rewards, lam, cfg):
         mask, values = rollout.batch.mask, rollout.values  # [B, T]
+        _, usual = estimate(arm, rollout, rewards, lam, cfg)  # [B, T], the critic's targets
         returns = ma_ppo.discounted_sum(rewards * mask, 1.0)  # [B, T]
         missing = ma_ppo.masked_mean(returns - values, mask)
         rollout.values = (values + missing) * mask
-        found = estimate(arm, rollout, rewards, lam, cfg)
+        advantages, centred = estimate(arm, rollout, rewards, lam, cfg)
         rollout.values = values
-        return found
+        return advantages, centred if targets else usual
 
     ma_ppo.estimate = estimate_centred
 
@@ -792,33 +798,50 @@ def ends_section():
     return [note, "", *chapter5.table(heads, table)]
 
 
-def starts_section(how):
-    """A section: critics that start otherwise, and what is left of the horizon's lead with them."""
+def starts_section(part):
+    """A section: critics that are changed, and what is left of the horizon's lead with them."""
 
     def section():
-        arms = ("token", "fixed", "control")
-        changed = [f"{arm}-{how}" for arm in arms]
-        names = dict.fromkeys([*arms, *changed])
+        changed = {name.rpartition("-")[0]: name for name in PARTS[part].settings}
+        names = dict.fromkeys([*changed, *changed.values()])
         runs = kept_arms("toy", TEN, names)
         if not runs or len(runs["token"]) < 2:  # one seed has no interval
             return []
-        table = measured("toy", TEN, names, ALL)
-        pairs = [(changed[0], "token"), (changed[1], changed[2])]
-        pairs += [(changed[2], changed[0]), (changed[1], changed[0])]
+        leads = [(name, changed["token"]) for name in changed.values() if name != changed["token"]]
+        pairs = [(changed["token"], "token"), *leads]
+        if "fixed" in changed:
+            pairs.append((changed["fixed"], changed["control"]))
         lines = claims("toy", pairs)
-        lines += paired("shortest responses", shortest, [pairs[0], *pairs[2:]])
+        lines += paired("shortest responses", shortest, [(changed["token"], "token"), *leads])
         areas = {name: [rm_area(rows) for rows in found.values()] for name, found in runs.items()}
-        for arm in arms[1:]:
+        for arm in changed:
             before, after = (
-                [x - y for x, y in zip(areas[arm + end], areas["token" + end], strict=True)]
-                for end in ("", f"-{how}")
+                [x - y for x, y in zip(areas[names[0]], areas[names[1]], strict=True)]
+                for names in ((arm, "token"), (changed[arm], changed["token"]))
             )
-            said = chapter5.in_words(before, after, 0.1 * fmean(areas["token"]))
-            what = f"({arm} - token) - ({arm}-{how} - token-{how})"
-            lines.append(f"- {what}, RM area: {said}")
-        return [*table, "", *lines]
+            if arm != "token":
+                said = chapter5.in_words(before, after, 0.1 * fmean(areas["token"]))
+                what = f"({arm} - token) - ({changed[arm]} - {changed['token']})"
+                lines.append(f"- {what}, RM area: {said}")
+        return [*measured("toy", TEN, names, ALL), "", *lines]
 
     return section
+
+
+def phases_section():
+    """Differences in RM score early, in the middle and late, and in explained variance early."""
+    pairs = [("control", "token"), ("token-level", "token"), ("control-level", "token-level")]
+    pairs += [("token-centred", "token"), ("control-centred", "token-centred")]
+    pairs += [("token-shifted", "token"), ("control-shifted", "token-shifted")]
+    pairs += [("control-flat", "token-flat")]
+    lines = []
+    for first, last in ((0, 9), (10, 19), (20, 59)):
+
+        def mean(rows, part=slice(first, last + 1)):
+            return chapter5.area(rows[part], "rm_score")
+
+        lines += paired(f"RM score of steps {first} to {last}", mean, pairs)
+    return lines
 
 
 def token_level_section():
@@ -939,7 +962,9 @@ SECTIONS = {
     "Confirmatory: critics that start at the right level": level_section,
     "Confirmatory: critics that start flat": starts_section("flat"),
     "Confirmatory: values at the right level in every step": starts_section("centred"),
+    "Confirmatory: the same, but not for the critic's targets": starts_section("shifted"),
     "Exploratory: when the lead is won": lead_section,
+    "Exploratory: early, in the middle, late": phases_section,
     "Exploratory: responses become shorter at first": shortening_section,
     "Exploratory: what the first update praises": ends_section,
     "Exploratory: a longer horizon at token level": token_level_section,

@@ -493,8 +493,12 @@ def test_centred_values_are_at_the_right_level_and_the_critic_is_told_nothing(mo
     shifted = torch.tensor([[5.4, 4.4, 6.4], [5.4, 5.4, 0]])
     cfg = ma_ppo.Config(lam=0.5)
     expected = ma_ppo.token_gae(rewards, shifted, batch.mask, 1.0, 0.5)
-    study.centre_values()
-    found = ma_ppo.estimate("token", rollout, rewards, 0.5, cfg)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
+    usual = ma_ppo.token_gae(rewards, rollout.values, batch.mask, 1.0, 0.5)
+    estimate = ma_ppo.estimate
+    for targets in (True, False):
+        monkeypatch.setattr(ma_ppo, "estimate", estimate)
+        study.centre_values(targets)
+        advantages, taught = ma_ppo.estimate("token", rollout, rewards, 0.5, cfg)
+        torch.testing.assert_close(advantages, expected[0])
+        torch.testing.assert_close(taught, expected[1] if targets else usual[1])
     assert rollout.values.tolist() == [[1, 0, 2], [1, 1, 0]]
