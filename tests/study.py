@@ -666,6 +666,8 @@ def paired(what, measure, pairs, folder="toy", seeds=TEN):
         arms = kept_arms(folder, seeds, dict.fromkeys([versus, arm]))
         if arms and len(arms[arm]) > 1:
             values, others = ([measure(rows) for rows in arms[x].values()] for x in (arm, versus))
+            if None in [*values, *others]:  # too short a run
+                continue
             margin = 0.1 * abs(fmean(others))
             said = chapter5.in_words(values, others, margin)
             lines.append(f"- {arm} - {versus}, {what}: {said}")
