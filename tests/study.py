@@ -684,6 +684,12 @@ def shortest(rows):
     return min(chapter5.smooth(chapter5.column(rows[:60], "response_length")))
 
 
+def score_at_kl(rows, nats=10):
+    """The RM score when the KL first reaches a height, both means of five steps; None: never."""
+    kl, scores = (chapter5.smooth(chapter5.column(rows, key)) for key in ("kl", "rm_score"))
+    return next((score for x, score in zip(kl, scores, strict=True) if x >= nats), None)
+
+
 def confirm_section():
     """The confirmatory comparisons, and the picture of four arms."""
     draw_arms(["token", "fixed", "control", "token-taught"], FIGURES / "study.png")
@@ -706,8 +712,8 @@ def draw_arms(names, png):
 def lead_section():
     """How far arms are ahead of `token` at some steps, in the mean over the seeds."""
     names = ["token", "fixed", "control", "token-taught", "rloo"]
-    if kept_arms("toy", TEN, ["token-centred"]):
-        names += ["token-level", "control-level", "token-centred", "control-centred"]
+    if kept_arms("toy", TEN, ["token-shifted"]):
+        names += ["token-level", "control-level", "token-shifted", "control-shifted"]
     arms = kept_arms("toy", TEN, names)
     if not arms:
         return []
@@ -725,7 +731,7 @@ def level_section():
     """Critics that start at the right level, and their picture."""
     lines = starts_section("level")()
     if lines:
-        names = ["token", "control", "token-level", "token-centred"]
+        names = ["token", "control", "token-level", "token-shifted"]
         draw_arms(names, FIGURES / "level.png")
     return lines
 
@@ -831,7 +837,7 @@ def starts_section(part):
 
 
 def phases_section():
-    """Differences in RM score early, in the middle and late, and in explained variance early."""
+    """Differences in RM score early, in the middle and late; and at the same KL."""
     pairs = [("control", "token"), ("token-level", "token"), ("control-level", "token-level")]
     pairs += [("token-centred", "token"), ("control-centred", "token-centred")]
     pairs += [("token-shifted", "token"), ("control-shifted", "token-shifted")]
@@ -843,7 +849,7 @@ def phases_section():
             return chapter5.area(rows[part], "rm_score")
 
         lines += paired(f"RM score of steps {first} to {last}", mean, pairs)
-    return lines
+    return lines + paired("RM score at a KL of 10", score_at_kl, [*pairs, ("fixed", "control")])
 
 
 def token_level_section():
@@ -933,6 +939,20 @@ def doubts_section():
     return [*table, "", *lines] if table else []
 
 
+def good_section():
+    """A critic that is taught hard; its runs are longer than the others."""
+    table = exploratory("good")()
+    if not table:
+        return []
+    pairs = [("token-good", "token"), ("fixed-good", "token-good")]
+    lines = paired("RM score of the first 60 steps", rm_area, pairs, seeds=THREE)
+    runs = kept_arms("toy", THREE, PARTS["good"].settings)
+    every = [rows for found in runs.values() for rows in found.values()]
+    known = [max(chapter5.smooth(chapter5.column(x, "explained_variance"))) for x in every]
+    lines.append(f"- highest explained variance of five steps, of all runs: {max(known):.2f}")
+    return [*table, "", *lines]
+
+
 def lengths_section():
     """Three arms at three lengths: posts of 5, 12 and 24 facts."""
     made = [kept_arms(PARTS[name].folder, THREE, SHORT) for name in ("short", "long")]
@@ -978,7 +998,7 @@ SECTIONS = {
     "Exploratory: mean rewards, macro ratios": exploratory("variants"),
     "Exploratory: how the critic is taught": critic_section,
     "Exploratory: faster learning, and the taught critic, with the horizon alone": doubts_section,
-    "Exploratory: a critic that is taught hard": exploratory("good"),
+    "Exploratory: a critic that is taught hard": good_section,
     "Exploratory: other lengths": lengths_section,
     "Credit against the truth": credit_section,
     "Pilots": exploratory("pilot"),
