@@ -141,7 +141,7 @@ def test_a_reward_model_or_file_that_makes_no_sense_is_refused_in_one_line(
 
 @pytest.mark.parametrize("flags", ["--task toy-code", "--task apps", "--preset codegemma-7b-apps"])
 def test_program_tasks_have_the_papers_split_and_arms_of_their_own(flags):
-    cfg = ma_ppo.parse(flags.split())
+    cfg = ma_ppo.parse([*flags.split(), "--trust_programs"])  # here may be no bubblewrap
     assert (cfg.split, cfg.arms, cfg.no_eos_score) == ([20, 0, 80], ARMS, -1.0)
     assert sft.parse(sft.Config, "sft", flags.split()).split == [20, 0, 80]
 
@@ -292,6 +292,7 @@ def test_a_file_of_apps_rows_goes_from_sft_to_ppo(tmp_path, monkeypatch, quick_r
     monkeypatch.setattr(ma_ppo, "sample", right)
     monkeypatch.setattr(ma_ppo, "ended", lambda batch, _: torch.ones(len(batch.mask), dtype=bool))
     flags = ["--batch_size", "8", "--max_response", "8", "--steps", "1", "--arms", "token"]
+    flags += [] if reward.sandbox() else ["--trust_programs"]  # those two above do no harm
     ma_ppo.main([*task, *flags, "--sft", str(tmp_path / "sft"), "--out", str(tmp_path)])
     (row,) = metrics(tmp_path / "token")
     called = judged.count("f") / 8
@@ -305,5 +306,6 @@ def test_rows_without_unit_tests_are_no_program_task(tmp_path, capsys):
     rows = [{"prompt": f"p{i}", "response": "r"} for i in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SystemExit):
-        ma_ppo.load_prompts(None, ma_ppo.parse(["--task", "apps", "--data", str(path)]))
+        flags = ["--task", "apps", "--data", str(path), "--trust_programs"]
+        ma_ppo.load_prompts(None, ma_ppo.parse(flags))
     assert "no rows with problem" in capsys.readouterr().err
