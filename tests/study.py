@@ -666,9 +666,8 @@ def paired(what, measure, pairs, folder="toy", seeds=TEN):
         arms = kept_arms(folder, seeds, dict.fromkeys([versus, arm]))
         if arms and len(arms[arm]) > 1:
             values, others = ([measure(rows) for rows in arms[x].values()] for x in (arm, versus))
-            if None in [*values, *others]:  # too short a run
-                continue
-            margin = 0.1 * abs(fmean(others))
+            known = [value for value in others if value is not None]
+            margin = 0.1 * abs(fmean(known)) if known else 0.0
             said = chapter5.in_words(values, others, margin)
             lines.append(f"- {arm} - {versus}, {what}: {said}")
     return lines
@@ -684,7 +683,7 @@ def shortest(rows):
     return min(chapter5.smooth(chapter5.column(rows[:60], "response_length")))
 
 
-def score_at_kl(rows, nats=10):
+def score_at_kl(rows, nats):
     """The RM score when the KL first reaches a height, both means of five steps; None: never."""
     kl, scores = (chapter5.smooth(chapter5.column(rows, key)) for key in ("kl", "rm_score"))
     return next((score for x, score in zip(kl, scores, strict=True) if x >= nats), None)
@@ -849,7 +848,13 @@ def phases_section():
             return chapter5.area(rows[part], "rm_score")
 
         lines += paired(f"RM score of steps {first} to {last}", mean, pairs)
-    return lines + paired("RM score at a KL of 10", score_at_kl, [*pairs, ("fixed", "control")])
+    for nats in (4, 6, 8, 10):
+
+        def score(rows, nats=nats):
+            return score_at_kl(rows, nats)
+
+        lines += paired(f"RM score at a KL of {nats}", score, [*pairs, ("fixed", "control")])
+    return lines
 
 
 def token_level_section():
