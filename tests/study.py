@@ -568,7 +568,11 @@ def praise_at_the_end(args):
     ma_ppo = chapter5.ma_ppo
     part = PARTS["level"]
     jobs = [job for job in jobs_of(part, args.out) if job.settings == PLAIN["token"]]
-    work(stages_of(part, jobs, args.out), "stages", args.workers, lambda job: None)
+    stages = stages_of(part, jobs, args.out)
+    if args.list:
+        print("\n".join(job.command for job in stages))
+        return
+    work(stages, "stages", args.workers, lambda job: keep_stages(job, args.out))
     rows = []
     for job in jobs:
         cfg = ma_ppo.parse(job.flags)

@@ -334,6 +334,53 @@ def test_what_the_readmes_say_of_the_critics_level():
     curves = [study.chapter5.smooth([row["response_length"] for row in rows]) for rows in runs]
     means = [sum(step) / len(step) for step in zip(*curves, strict=True)]
     assert f"shrink from {max(means[:12]):.0f} tokens to {min(means):.0f}." in results
+    # Numbers that sentences repeat from the lines of comparisons.
+    found = re.findall(r"^- (.*): \+?(-?\d+\.\d\d) \(", ends, re.MULTILINE)
+    numbers = dict(reversed(found))  # the first of two lines of one name, that of ten seeds
+
+    def lead(arm, what):
+        """How far control is ahead of token with these critics."""
+        return numbers[f"control{arm} - token{arm}, {what}"]
+
+    early, middle, late = (f"RM score of steps {x}" for x in ("0 to 9", "10 to 19", "20 to 59"))
+    said = (
+        f"in the first ten steps, {lead('', early)}, `control-level` keeps {lead('-level', early)}"
+    )
+    assert said in results
+    said = f"in the next ten {lead('-level', middle)} of {lead('', middle)}; and later all of it, "
+    assert said + f"{lead('-level', late)} for {lead('', late)}" in results
+    assert f"hardly behind `control-flat` ({lead('-flat', early)})" in results
+    grows = f"grows, from {lead('', 'RM area')} to {lead('-flat', 'RM area')}"
+    assert grows in results
+    less = numbers["(control - token) - (control-shifted - token-shifted), RM area"]
+    assert f"it makes {less} (0.10 to 0.31) of the lead of {lead('', 'RM area')}" in results
+    assert (
+        f"smaller by {numbers['(control - token) - (control-level - token-level), RM area']}, or"
+        in results
+    )
+
+
+def test_what_the_text_says_of_hard_taught_critics_and_of_lengths():
+    text = re.sub(r"\s+", " ", (study.ROOT / "results" / "README.md").read_text())
+
+    def areas(name, steps=60):
+        runs = study.kept_arms("toy", study.THREE, [name])[name].values()
+        return [study.chapter5.area(rows[:steps], "rm_score") for rows in runs]
+
+    leads = []
+    for how in ("", "-taught-4", "-taught", "-good"):
+        pairs = zip(areas(f"fixed{how}"), areas(f"token{how}"), strict=True)
+        leads.append(sum(x - y for x, y in pairs) / 3)
+    said = "`fixed` - `token` is {:.2f} as usual, and on real returns {:.2f} (four times a step), "
+    assert said.format(*leads) + "{:.2f} (eight), {:.2f} (eight,".format(*leads[2:]) in text
+    ends = [sum(areas(name, 100)) / 3 for name in ("fixed-good", "token-good")]
+    assert "`fixed-good` is ahead ({:.2f} and {:.2f})".format(*ends) in text
+    short = study.kept_arms("toy-5", study.THREE, ["token"])["token"].values()
+    first = sum(rows[0]["response_length"] for rows in short) / 3
+    assert f"from {first:.0f} tokens to {sum(map(study.shortest, short)) / 3:.0f}." in text
+    words = study.kept_arms("toy", study.THREE, ["word"])["word"].values()
+    mean = sum(study.chapter5.area(rows, "macro_length") for rows in words) / 3
+    assert f"`word`, whose actions have {mean:.1f} tokens" in text
 
 
 def test_what_the_readmes_say_of_credit_stands_in_its_table():
@@ -462,7 +509,7 @@ def test_a_shifted_critic_has_the_right_level_and_is_otherwise_the_same(level, t
 
 
 def test_what_the_first_update_praises(level, tmp_path, capsys):
-    args = argparse.Namespace(out=tmp_path, workers=1)
+    args = argparse.Namespace(out=tmp_path, workers=1, list=False)
     study.praise_at_the_end(args)
     lines = (study.RESULTS / "ends.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
@@ -477,9 +524,13 @@ def test_what_the_first_update_praises(level, tmp_path, capsys):
     control = [told["control", critic] for critic in critics]
     assert abs(near[0] - near[1]) > abs(control[0] - control[1]) > 0.01
     assert "| as it starts | token |" in "\n".join(study.ends_section())
+    # With --list nothing is computed, nor written.
+    (study.RESULTS / "ends.jsonl").unlink()
+    study.praise_at_the_end(argparse.Namespace(out=tmp_path, workers=1, list=True))
+    assert not (study.RESULTS / "ends.jsonl").exists()
 
 
-def test_centred_values_are_at_the_right_level_and_the_critic_is_told_nothing(monkeypatch):
+def test_centred_values_are_at_the_right_level_and_targets_only_where_they_shall(monkeypatch):
     ma_ppo, torch = study.chapter5.ma_ppo, study.chapter5.torch
     monkeypatch.setattr(ma_ppo, "estimate", ma_ppo.estimate)
     batch = study.chapter5.sft.Batch(None, None, torch.tensor([[1, 1, 1], [1, 1, 0]]))
