@@ -25,12 +25,13 @@ it needs and is not there yet; parts share runs. Interrupt it (Ctrl-C) as you li
     flat           30          seeds 20 to 29: critics that start with nothing but a level
     centred        30          seeds 20 to 29: values that are at the right level in every step
     shifted        20          seeds 20 to 29: the same for advantages only, not for targets
+    pooling        50          seeds 30 to 39: true quality on the way, and a macro action's value
     credit         -           the estimators against the truth, in two runs: 30 minutes
     ends           -           what the first update praises: the responses' ends, or all else
 
 A run of the toy takes 90 to 110 s of a core (rloo 80, a critic with four updates a step 150, with
 eight 220), SFT and RM of a seed, made once, 300 s. What was planned: six hours on two; `four`,
-`doubts`, `level`, `flat`, `centred` and `shifted`, which came later: one and a half.
+`doubts`, `level`, `flat`, `centred`, `shifted` and `pooling`, which came later: three.
 
 Kept in results/study/TASK/seedK/NAME: metrics.jsonl (COLUMNS; `seconds` is the mean of the run) and
 config.json. runs.json has each run's command, commit, and the seconds that it took.
@@ -66,6 +67,7 @@ FIRST_CANDIDATE = "--critic_lam 1 --critic_epochs 4 --value_clip 0"
 TAUGHT = "--critic_lam 1 --critic_epochs 8 --value_clip 0"
 TEN = range(20, 30)
 THREE = range(20, 23)
+FRESH = range(30, 40)
 
 # Settings: {name of a run: flags of ma_ppo.py}. One name means the same run wherever it stands.
 
@@ -174,6 +176,7 @@ LEVEL = {f"{name}-level": PLAIN[name] for name in ("token", "fixed", "control")}
 FLAT = {f"{name}-flat": PLAIN[name] for name in ("token", "fixed", "control")}
 CENTRED = {f"{name}-centred": PLAIN[name] for name in ("token", "fixed", "control")}
 SHIFTED = {f"{name}-shifted": PLAIN[name] for name in ("token", "control")}
+POOLING = SHORT | {name: SIGMA[name] for name in ("fixed-first", "fixed-last")}
 FACTS = 12  # that a post of the toy states
 
 
@@ -221,6 +224,7 @@ PARTS = {
     "flat": Part("toy", TEN, FLAT, 107, critic="flat"),
     "centred": Part("toy", TEN, CENTRED, 107, critic="centred"),
     "shifted": Part("toy", TEN, SHIFTED, 107, critic="shifted"),
+    "pooling": Part("toy", FRESH, POOLING, 90),
 }
 STAGE_SECONDS = {"toy": 300, "toy-code": 100, "toy-5": 190, "toy-24": 700}
 

@@ -176,17 +176,17 @@ def test_what_the_readmes_say_of_the_study_stands_in_its_tables():
     found = [
         row for row in rows_of(front) + rows_of(section) if "RM area" in row or "tests area" in row
     ]
-    assert len(found) == 73  # 6 on the front page; 8, 5 of programs, 54 others
+    assert len(found) == 79  # 6 on the front page; 8, 5 of programs, 60 others
     for row in found:
         assert any(row.items() <= other.items() for other in known), row
     interval = r"([+-]\d\.\d\d),?\s+\(?95\s+%\s+(-?\d\.\d\d)\s+to\s+(-?\d\.\d\d)"
     told = re.findall(interval, front.split("## Credit")[0])
     assert len(told) == 18
     told += re.findall(interval, section)
-    assert len(told) == 135
+    assert len(told) == 141
     assert set(told) <= set(re.findall(interval, kept))
     claimed = [line for line in section.splitlines() if line.startswith("- ") and "95 %" in line]
-    assert len(claimed) == 121 and set(claimed) <= set(kept.splitlines())
+    assert len(claimed) == 127 and set(claimed) <= set(kept.splitlines())
     leads = [row for row in rows_of(section) if "59" in row]
     assert len(leads) == 16 and all(row in known for row in leads)
     horizons = [line for line in section.splitlines() if line.startswith("- H = ")]
@@ -231,7 +231,8 @@ def test_other_numbers_of_the_findings():
 
 
 def test_what_the_text_says_of_exploratory_runs():
-    text = re.sub(r"\s+", " ", (study.ROOT / "results" / "README.md").read_text())
+    text_lines = (study.ROOT / "results" / "README.md").read_text()
+    text = re.sub(r"\s+", " ", text_lines)
 
     def area(name, first=0):
         folders = [study.RESULTS / "toy" / f"seed{seed}" / name for seed in study.THREE]
@@ -242,6 +243,17 @@ def test_what_the_text_says_of_exploratory_runs():
     assert f"nearly the area of `fixed` ({area(f'token-{late}', 20):.2f} and {fixed:.2f})" in text
     lead = area(f"fixed-{late}", 20) - area(f"token-{late}", 20)
     assert f"and leaves {lead:.2f} of the lead of {fixed - token:.2f}" in text
+    table = [row for row in rows_of(text_lines) if "no start" in row]
+    found = []
+    for lam in (".95", "1"):
+        for epochs in (1, 4):
+            for steps in (0, 20):
+                how = {(".95", 1, 0): "", ("1", 4, 0): "-taught-4"}.get(
+                    (lam, epochs, steps), f"-critic{lam}-{epochs}-{steps}"
+                )
+                found.append(area(f"fixed{how}", steps) - area(f"token{how}", steps))
+    told = [row[column] for row in table for column in ("no start", "twenty steps of start")]
+    assert told == [f"{lead:.2f}" for lead in found]
     both = area(f"token-{late}"), area(f"fixed-{late}")
     assert "over all 80 steps the areas are {:.2f} and {:.2f}".format(*both) in text
     assert f"`token` and `fixed` of these seeds: {token:.2f} and {fixed:.2f}" in text
