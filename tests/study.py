@@ -177,6 +177,7 @@ FLAT = {f"{name}-flat": PLAIN[name] for name in ("token", "fixed", "control")}
 CENTRED = {f"{name}-centred": PLAIN[name] for name in ("token", "fixed", "control")}
 SHIFTED = {f"{name}-shifted": PLAIN[name] for name in ("token", "control")}
 POOLING = SHORT | {name: SIGMA[name] for name in ("fixed-first", "fixed-last")}
+GOLD_ON_THE_WAY = "gold score of steps 10 to 29"
 FACTS = 12  # that a post of the toy states
 
 
@@ -866,8 +867,36 @@ def phases_section():
 
 
 def token_level_section():
-    """What a longer horizon does to plain PPO: compared by nobody beforehand."""
-    return claims("toy", [("control", "token"), ("token-lam1", "token"), ("token-lam1", "control")])
+    """What a longer horizon, and a taught critic, do to plain PPO: compared afterwards."""
+    pairs = [("control", "token"), ("token-lam1", "token"), ("token-lam1", "control")]
+    return claims("toy", [*pairs, ("token-taught", "token")])
+
+
+def gold_on_the_way(rows):
+    """Mean gold score of steps 10 to 29."""
+    return chapter5.area(rows[10:30], "gold_score")
+
+
+def pooling_section():
+    """True quality on the way, on fresh seeds: whose value shall a macro action be given?"""
+    table = measured("toy", FRESH, POOLING, ALL)
+    if not table:
+        return []
+    pairs = [("fixed", "control"), ("fixed-first", "fixed"), ("fixed-first", "control")]
+    pairs += [("fixed-last", "fixed"), ("control", "token"), ("fixed", "token")]
+    lines = paired(GOLD_ON_THE_WAY, gold_on_the_way, pairs, seeds=FRESH)
+    pairs = [("fixed", "token"), ("fixed", "control"), ("control", "token")]
+    pairs += [("fixed-first", "fixed"), ("fixed-first", "control"), ("fixed-last", "fixed")]
+    return [*table, "", *lines, "", *claims("toy", pairs, FRESH)]
+
+
+def on_the_way_section():
+    """True quality on the way on the older seeds: where the difference was seen."""
+    pairs = [("fixed", "control"), ("fixed-lam1", "token-lam1"), ("fixed", "token")]
+    pairs += [("control", "token"), ("token-taught", "token"), ("fixed-taught", "token-taught")]
+    lines = paired(GOLD_ON_THE_WAY, gold_on_the_way, pairs)
+    three = [("fixed-first", "fixed"), ("fixed-last", "fixed")]
+    return lines + paired(GOLD_ON_THE_WAY, gold_on_the_way, three, seeds=THREE)
 
 
 def first_candidate_section():
@@ -998,6 +1027,8 @@ SECTIONS = {
     "Confirmatory: critics that start flat": starts_section("flat"),
     "Confirmatory: values at the right level in every step": starts_section("centred"),
     "Confirmatory: the same, but not for the critic's targets": starts_section("shifted"),
+    "Confirmatory: true quality on the way": pooling_section,
+    "Exploratory: true quality on the way": on_the_way_section,
     "Exploratory: when the lead is won": lead_section,
     "Exploratory: early, in the middle, late": phases_section,
     "Exploratory: responses become shorter at first": shortening_section,
