@@ -181,9 +181,9 @@ def test_what_the_readmes_say_of_the_study_stands_in_its_tables():
         assert any(row.items() <= other.items() for other in known), row
     interval = r"([+-]\d\.\d\d),?\s+\(?95\s+%\s+(-?\d\.\d\d)\s+to\s+(-?\d\.\d\d)"
     told = re.findall(interval, front.split("## Credit")[0])
-    assert len(told) == 24
+    assert len(told) == 26
     told += re.findall(interval, section)
-    assert len(told) == 170
+    assert len(told) == 172
     assert set(told) <= set(re.findall(interval, kept))
     claimed = [line for line in section.splitlines() if line.startswith("- ") and "95 %" in line]
     assert len(claimed) == 150 and set(claimed) <= set(kept.splitlines())
@@ -209,6 +209,9 @@ def test_other_numbers_of_the_findings():
     mean = {name: row["RM 90 %"].split()[0] for name, row in rows.items()}
     assert f"in {mean['fixed']} of the steps" in headline and f"in {mean['control']}" in headline
     mean = {name: row["RM area"].split()[0] for name, row in rows.items()}
+    knew = [row["explained variance"].split()[0] for row in rows.values() if row["arm"] != "rloo"]
+    most = f"{max(map(float, knew)):.2f}".lstrip("0")
+    assert f"has a V that explains more than {most} of the returns' variance" in front
     assert f"reward of {mean['fixed']}, token level at {mean['token']}:" in headline
     (end,) = re.findall(r"- fixed-taught - token-taught, RM score: \+(\S+)", kept)
     assert f"in area, and {end} of" in text
@@ -222,7 +225,7 @@ def test_other_numbers_of_the_findings():
         r"steps to 50 % / 90 % .*?\| (\.\d\d) / \.81 .* (\.\d\d) / \.97 \|", results
     )
     assert five == (".81", ".81")
-    assert "(Five earlier seeds: 0.81 both; 0.81 and 0.97.)" in front
+    assert "(Five earlier seeds: 0.81 and 0.81; 0.81 and 0.97.)" in front
     # The pilots: four updates and ten steps ahead, counted over all 70 steps.
     folders = [study.RESULTS / "toy" / f"seed{seed}" / "token-taught-4-10" for seed in (0, 1)]
     areas = [study.chapter5.area(study.chapter5.read_metrics(x), "rm_score") for x in folders]
@@ -255,7 +258,7 @@ def test_what_the_text_says_of_exploratory_runs():
     told = [row[column] for row in table for column in ("no start", "twenty steps of start")]
     assert told == [f"{lead:.2f}" for lead in found]
     front = re.sub(r"\s+", " ", (study.ROOT / "README.md").read_text())
-    assert f"anything from {max(found):.2f} to {min(found):.2f}." in front
+    assert f"`fixed` leads `token` by {min(found):.2f} to {max(found):.2f}." in front
     both = area(f"token-{late}"), area(f"fixed-{late}")
     assert "over all 80 steps the areas are {:.2f} and {:.2f}".format(*both) in text
     assert f"`token` and `fixed` of these seeds: {token:.2f} and {fixed:.2f}" in text
@@ -299,14 +302,14 @@ def test_what_the_readmes_say_of_the_critics_level():
     ends = (study.RESULTS / "tables.md").read_text()
     (low,) = re.findall(r"The critic is (\d\.\d\d ± \d\.\d\d) too low", ends)
     assert f"The critic is {low} too low" in results
-    assert f"and c = {float(low.split()[0]):.1f} too low" in front
+    assert f"starts c = {float(low.split()[0]):.1f} too low" in front
     praise = {
         row["credit"]: row["last 10 tokens"].split()[0]
         for row in kept
         if row.get("critic") == "as it starts"
     }
     said = "`token` credits the last ten tokens with {} standard deviations, whatever they say. (At"
-    assert f"{said.format(praise['token'])} λ = 1 with {praise['token, λ = 1']}:" in front
+    assert f"{said.format(praise['token'])} λ = 1, {praise['token, λ = 1']}:" in front
     lengths = {
         row["tokens, mean of 5 steps"]: row for row in kept if "tokens, mean of 5 steps" in row
     }
@@ -368,7 +371,7 @@ def test_what_the_readmes_say_of_the_critics_level():
     grows = f"grows, from {lead('', 'RM area')} to {lead('-flat', 'RM area')}"
     assert grows in results
     less = numbers["(control - token) - (control-shifted - token-shifted), RM area"]
-    assert f"of the +{lead('', 'RM area')} a quarter goes: +{less} (" in front
+    assert f"the lead of +{lead('', 'RM area')} falls by a quarter, +{less} (" in front
     assert round(4 * float(less) / float(lead("", "RM area"))) == 1
     assert f"it makes {less} (0.10 to 0.31) of the lead of {lead('', 'RM area')}" in results
     assert (
@@ -394,7 +397,7 @@ def test_what_the_readmes_say_of_the_further_seeds():
     section = section_of(kept, "Confirmatory: true quality on the way")
     rows = {row["arm"]: row for row in rows_of(section)}
     share = [rows[arm]["RM 90 %"].split()[0] for arm in ("fixed", "control")]
-    assert "Ten further seeds ({} and {} of the steps) say so again".format(*share) in front
+    assert "*Again*, on ten further seeds ({} and {} of the steps)".format(*share) in front
     numbers = dict(differences(section))
     way = study.GOLD_ON_THE_WAY
     older = dict(differences(section_of(kept, "Exploratory: true quality on the way")))
@@ -408,7 +411,7 @@ def test_what_the_readmes_say_of_the_further_seeds():
     for text in (section, section_of(kept, "Confirmatory: ten seeds")):
         (line,) = re.findall(r"^- fixed - control, gold score: .*", text, re.MULTILINE)
         assert "equivalent" in line and "though" not in line
-    assert "on both it ends equivalent to `control`" in front
+    assert "`fixed` and `control` end equivalent twice" in front
 
 
 def test_what_the_text_says_of_hard_taught_critics_and_of_lengths():
@@ -451,7 +454,7 @@ def test_what_the_readmes_say_of_credit_stands_in_its_table():
     assert f"that of `fixed` {of_tokens['fixed, σ = equal'].replace('95 % ', '')}" in front
     assert f"of `control` {of_tokens['control'].replace('95 % ', '')}" in front
     whole = shown[0]["whole, σ = first"].split()[0]
-    assert f"one credit for the whole response {whole}: nobody sees much" in front
+    assert f"one credit for the whole response {whole}: none sees much" in front
 
     def of_values(run, step, column, name="V"):
         return float(known[f"{run}/token, step {step}", name][column].split()[0])
