@@ -51,6 +51,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -791,7 +792,12 @@ def kl_section():
     """What the arms cost: the KL at the end, compared by nobody beforehand."""
     pairs = [("fixed", "token"), ("control", "token"), ("token-lam1", "token")]
     pairs += [("fixed", "control"), ("fixed-lam1", "token-lam1"), ("rloo", "fixed")]
-    return paired("KL", lambda rows: chapter5.at_end(rows, "kl"), pairs)
+    return paired("KL", kl_at_end, pairs)
+
+
+def kl_at_end(rows):
+    """The KL at the end of a run."""
+    return chapter5.at_end(rows, "kl")
 
 
 def ends_section():
@@ -858,10 +864,7 @@ def phases_section():
 
         lines += paired(f"RM score of steps {first} to {last}", mean, pairs)
     for nats in (4, 6, 8, 10):
-
-        def score(rows, nats=nats):
-            return score_at_kl(rows, nats)
-
+        score = partial(score_at_kl, nats=nats)
         lines += paired(f"RM score at a KL of {nats}", score, [*pairs, ("fixed", "control")])
     return lines
 
@@ -887,7 +890,11 @@ def pooling_section():
     lines = paired(GOLD_ON_THE_WAY, gold_on_the_way, pairs, seeds=FRESH)
     pairs = [("fixed", "token"), ("fixed", "control"), ("control", "token")]
     pairs += [("fixed-first", "fixed"), ("fixed-first", "control"), ("fixed-last", "fixed")]
-    return [*table, "", *lines, "", *claims("toy", pairs, FRESH)]
+    costs = paired("KL", kl_at_end, pairs[:3], seeds=FRESH)
+    for nats in (6, 10):
+        what = f"RM score at a KL of {nats}"
+        costs += paired(what, partial(score_at_kl, nats=nats), pairs[1:2], seeds=FRESH)
+    return [*table, "", *lines, "", *claims("toy", pairs, FRESH), "", *costs]
 
 
 def on_the_way_section():
@@ -896,6 +903,7 @@ def on_the_way_section():
     pairs += [("control", "token"), ("token-taught", "token"), ("fixed-taught", "token-taught")]
     lines = paired(GOLD_ON_THE_WAY, gold_on_the_way, pairs)
     three = [("fixed-first", "fixed"), ("fixed-last", "fixed")]
+    three += [(arm, "control") for arm in ("fixed", "fixed-first", "fixed-last")]
     return lines + paired(GOLD_ON_THE_WAY, gold_on_the_way, three, seeds=THREE)
 
 
@@ -908,7 +916,8 @@ def first_candidate_section():
 def code_section():
     """(a) and (b) on programs."""
     table = measured("toy-code", TEN, PLAIN, [*ALL, "pass rate"])
-    return [*table, "", *claims("toy-code", CLAIMS[:3])] if table else []
+    pairs = [*CLAIMS[:3], ("control", "token")]  # the last was not planned
+    return [*table, "", *claims("toy-code", pairs)] if table else []
 
 
 def horizon_section():
@@ -991,7 +1000,7 @@ def good_section():
     runs = kept_arms("toy", THREE, PARTS["good"].settings)
     every = [rows for found in runs.values() for rows in found.values()]
     known = [max(chapter5.smooth(chapter5.column(x, "explained_variance"))) for x in every]
-    lines.append(f"- highest explained variance of five steps, of all runs: {max(known):.2f}")
+    lines.append(f"- highest explained variance of five steps, of these runs: {max(known):.2f}")
     return [*table, "", *lines]
 
 
