@@ -417,7 +417,7 @@ def test_what_the_readmes_say_of_the_further_seeds():
     for text in (section, section_of(kept, "Confirmatory: ten seeds")):
         (line,) = re.findall(r"^- fixed - control, gold score: .*", text, re.MULTILINE)
         assert "equivalent" in line and "though" not in line
-    assert "`fixed` and `control` end equivalent twice" in front
+    assert "`fixed` and `control` end equivalent;" in front
 
 
 def test_what_the_text_says_of_hard_taught_critics_and_of_lengths():
