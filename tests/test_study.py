@@ -212,7 +212,7 @@ def test_other_numbers_of_the_findings():
     mean = {name: row["RM area"].split()[0] for name, row in rows.items()}
     knew = [row["explained variance"].split()[0] for row in rows.values() if row["arm"] != "rloo"]
     most = f"{max(map(float, knew)):.2f}".lstrip("0")
-    assert f"No V above explains more than {most} of the returns' variance on average" in front
+    assert f"(Even taught, V explains at most {most} of the returns' variance on average" in front
     assert f"reward of {mean['fixed']}, token level at {mean['token']}:" in headline
     (end,) = re.findall(r"- fixed-taught - token-taught, RM score: \+(\S+)", kept)
     assert f"in area, and {end} of" in text
@@ -226,7 +226,7 @@ def test_other_numbers_of_the_findings():
         r"steps to 50 % / 90 % .*?\| (\.\d\d) / \.81 .* (\.\d\d) / \.97 \|", results
     )
     assert five == (".81", ".81")
-    assert "(Five earlier seeds: 0.81 and 0.81; 0.81 and 0.97.)" in front
+    assert "(Five earlier seeds: half 0.81, 0.81; 90 % 0.81, 0.97.)" in front
     # The pilots: four updates and ten steps ahead, counted over all 70 steps.
     folders = [study.RESULTS / "toy" / f"seed{seed}" / "token-taught-4-10" for seed in (0, 1)]
     areas = [study.chapter5.area(study.chapter5.read_metrics(x), "rm_score") for x in folders]
@@ -260,7 +260,7 @@ def test_what_the_text_says_of_exploratory_runs():
     assert told == [f"{lead:.2f}" for lead in found]
     front = re.sub(r"\s+", " ", (study.ROOT / "README.md").read_text())
     said = f"`fixed` leads `token` by {min(found):.2f} to {max(found):.2f}"
-    assert f"{said} (usually: {fixed - token:.2f})." in front
+    assert f"{said} (default: {fixed - token:.2f})." in front
     both = area(f"token-{late}"), area(f"fixed-{late}")
     assert (
         "over all 80 steps the areas of the first two are {:.2f} and {:.2f}".format(*both) in text
