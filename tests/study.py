@@ -830,7 +830,7 @@ def starts_section(part):
         if not runs or len(runs["token"]) < 2:  # one seed has no interval
             return []
         leads = [(name, changed["token"]) for name in changed.values() if name != changed["token"]]
-        pairs = [(changed["token"], "token"), *leads]
+        pairs = [(changed["token"], "token"), *leads, (changed["control"], "control")]
         if "fixed" in changed:
             pairs.append((changed["fixed"], changed["control"]))
         lines = claims("toy", pairs)
