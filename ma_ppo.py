@@ -199,7 +199,7 @@ def train(arm, out, cfg, device):
         rollout = sample(models["policy"], examples, step, tokenizer, cfg)
         clock.append(sft.tick(device))
         # 2. The four models judge: how likely is each token, what is expected, what is the score?
-        judge(rollout, models, examples, tokenizer, cfg)
+        first_pass = judge(rollout, models, examples, tokenizer, cfg)
         clock.append(sft.tick(device))
         # 3. The responses are cut into macro actions.
         cut(arm, rollout, tokenizer, cfg)
@@ -211,7 +211,8 @@ def train(arm, out, cfg, device):
         assign_credit(arm, rollout, rewards, cfg)
         clock.append(sft.tick(device))
         # 6. The policy makes good actions likelier; the critic learns to expect what came.
-        losses = improve(rollout, models, optimizers, step, cfg)
+        losses = improve(rollout, models, optimizers, step, cfg, first_pass)
+        del first_pass  # its activations are still there, if only the critic has learned
         clock.append(sft.tick(device))
         log(run, step, rollout, examples, losses, clock, tokenizer)
     sft.save_models([models["policy"], tokenizer], out / "model")
@@ -360,15 +361,22 @@ def draw(logprobs, uniforms):
 
 @torch.no_grad()
 def judge(rollout, models, examples, tokenizer, cfg):
-    """Ask policy and reference for log-probabilities, the critic for values, the RM for scores."""
+    """Ask policy and reference for log-probabilities, the critic for values, the RM for scores.
+
+    The first update will ask the policy the same again, with the same weights. If all rows are one
+    micro-batch, it is asked once: what it said, log-probabilities [B, T], is returned with the
+    activations that a backward pass needs. Of more rows these may not fit into memory: then None.
+    """
     blank = torch.zeros(rollout.batch.mask.shape, device=rollout.batch.mask.device)  # [B, T]
     rollout.logprobs = blank.clone()
     rollout.ref_logprobs = blank.clone()
     rollout.entropy = blank.clone()
     rollout.values = blank.clone()
-    for rows, batch in micro_batches(rollout.batch, cfg.micro_batch_size, cfg.sort_by_length):
+    parts = micro_batches(rollout.batch, cfg.micro_batch_size, cfg.sort_by_length)
+    for rows, batch in parts:
         T = batch.mask.shape[1]  # of this part: b rows of similar length
-        logprobs, every, keep = token_logprobs(models["policy"], batch, cfg)  # [b, T]
+        with torch.set_grad_enabled(len(parts) == 1):
+            logprobs, every, keep = token_logprobs(models["policy"], batch, cfg)  # [b, T]
         # The reference is asked about the same allowed tokens: else one that only the policy
         # allows would cost infinite KL.
         ref_logprobs, _, _ = token_logprobs(models["reference"], batch, cfg, keep)  # [b, T]
@@ -378,6 +386,7 @@ def judge(rollout, models, examples, tokenizer, cfg):
         if "critic" in models:  # rloo has none
             rollout.values[rows, :T] = state_values(models["critic"], batch) * batch.mask
     score(rollout, models, examples, tokenizer, cfg)
+    return logprobs if len(parts) == 1 else None
 
 
 def micro_batches(batch, size, sort=False):
@@ -679,8 +688,11 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
     return loss.sum() / mask.sum().clamp(min=1)
 
 
-def improve(rollout, models, optimizers, step, cfg):
-    """Update policy and critic on the whole rollout; returns {metric: number}."""
+def improve(rollout, models, optimizers, step, cfg, first_pass=None):
+    """Update policy and critic on the whole rollout; returns {metric: number}.
+
+    first_pass: what `judge` returned, for the first update of the policy.
+    """
     token_count = float(sft.all_sum(rollout.batch.mask.sum().cpu()))
     learning = step - cfg.critic_steps  # steps since the policy began to learn
     lr = cfg.lr * min(1.0, (learning + 1) / max(1, cfg.warmup))
@@ -688,8 +700,9 @@ def improve(rollout, models, optimizers, step, cfg):
     for epoch in range(cfg.ppo_epochs if learning >= 0 else 0):
         seen = []  # what the ratios of this epoch's micro-batches were
         # Functions, nothing is computed yet: `update` calls one after the other, each backward.
-        losses = policy_losses(rollout, models["policy"], token_count, cfg, seen)
+        losses = policy_losses(rollout, models["policy"], token_count, cfg, seen, first_pass)
         policy_totals.append(sft.update(models["policy"], optimizers["policy"], losses, lr))
+        first_pass = None  # the weights are others now
         ratio_stats += [stats | {"epoch": epoch} for stats in seen]
     for _ in range(updates_of_critic(cfg) if "critic" in models else 0):
         losses = value_losses(rollout, models["critic"], token_count, cfg)
@@ -706,10 +719,11 @@ def updates_of_critic(cfg):
     return cfg.ppo_epochs if cfg.critic_epochs is None else cfg.critic_epochs
 
 
-def policy_losses(rollout, policy, token_count, cfg, seen):
+def policy_losses(rollout, policy, token_count, cfg, seen, first_pass=None):
     """A function for each micro-batch that computes its share of the policy loss.
 
-    Each appends a dict about its ratios to the list `seen`.
+    Each appends a dict about its ratios to the list `seen`. first_pass: log-probabilities [B, T] of
+    the only micro-batch, if the policy was asked for them already.
     """
 
     def one_loss(rows, batch):
@@ -718,7 +732,9 @@ def policy_losses(rollout, policy, token_count, cfg, seen):
         old = rollout.logprobs[rows, :T]  # [b, T]
         advantages = rollout.advantages[rows, :T]  # [b, T]
         seg = rollout.seg[rows, :T] if cfg.ratio == "macro" else None  # [b, T]
-        logprobs, _, _ = token_logprobs(policy, batch, cfg)  # [b, T]
+        logprobs = first_pass  # [b, T]
+        if first_pass is None:
+            logprobs, _, _ = token_logprobs(policy, batch, cfg)
         ratio = ratios(logprobs.detach(), old, batch.mask, seg)  # [b, T]
         counted = batch.mask if seg is None else rollout.starts[rows, :T]  # one per macro action
         seen.append(describe_ratios(ratio[counted.bool()], cfg.clip))
@@ -1030,10 +1046,12 @@ def phase_flops(batch, models, cfg):
     """How many multiplications and additions the models need for this rank's rollout, by phase."""
     once = {name: forward_flops(model, batch) for name, model in models.items()}
     learned = cfg.ppo_epochs * once["policy"] + updates_of_critic(cfg) * once.get("critic", 0)
+    at_once = len(batch.mask) <= cfg.micro_batch_size  # then `judge` has made an update's pass
+    saved = once["policy"] if at_once else 0
     return {
         "sample": once["policy"],  # thanks to the cache, no more than for reading the text
         "judge": sum(once.values()),
-        "update": 3 * learned,  # backward: for the weights' gradients, and for the inputs'
+        "update": 3 * learned - saved,  # backward: the weights' gradients, and the inputs'
     }
 
 

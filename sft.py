@@ -30,6 +30,7 @@ You may stop reading at Appendix A. What the story uses from there says so in a 
 import argparse
 import atexit
 import codecs
+import ctypes
 import gzip
 import hashlib
 import importlib.util
@@ -944,6 +945,8 @@ def setup(device="", timeout=600.0):
     device = pick_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if "RANK" in os.environ and not dist.is_initialized():
         join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout)
     return device
@@ -955,6 +958,19 @@ def pick_device(device):
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return device
+
+
+def keep_freed_memory():
+    """Keep the memory of freed tensors for the next ones, as PyTorch does on a GPU by itself.
+
+    The C library (glibc) returns that of a large tensor to the system at once. For the next tensor
+    the system has to find and clear it page by page: up to a fifth of an update. Elsewhere than
+    on Linux nothing is changed.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large tensors live in the heap, too
 
 
 def join(backend, timeout):

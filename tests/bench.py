@@ -4,7 +4,8 @@
     python tests/bench.py trl --sizes toy 10m --repeats 9
     python tests/bench.py phases profile --sizes 135m --device cuda    # bf16; not tried on any GPU
 
-    trl        a step of ours and one of TRL's PPOTrainer in turn (pip install "trl==1.8.*")
+    trl        a step of ours and one of TRL's PPOTrainer in turn (pip install "trl==1.8.*"); they
+               run in two processes, for ours keeps freed memory (`sft.keep_freed_memory`)
     phases     model FLOPs per second of each phase, beside matmuls of the same shapes; peak memory
     decode     `generate` of ours and of transformers in turn: same prompts, same number of tokens
     arms       a step of `fixed` and one of `token` in turn: what do macro actions cost?
@@ -98,7 +99,7 @@ class Bench:
         examples = ma_ppo.choose_prompts(arm, self.prompts, number, cfg)
         rollout = ma_ppo.sample(models["policy"], examples, number, tokenizer, cfg)
         clock.append(sft.tick(self.device))
-        ma_ppo.judge(rollout, models, examples, tokenizer, cfg)
+        first_pass = ma_ppo.judge(rollout, models, examples, tokenizer, cfg)
         clock.append(sft.tick(self.device))
         ma_ppo.cut(arm, rollout, tokenizer, cfg)
         mask = rollout.batch.mask  # [B, T]
@@ -106,7 +107,7 @@ class Bench:
         rewards = ma_ppo.token_rewards(rollout.scores, *kl, mask, cfg.beta)  # [B, T]
         ma_ppo.assign_credit(arm, rollout, rewards, cfg)
         clock.append(sft.tick(self.device))
-        ma_ppo.improve(rollout, models, self.optimizers, number, cfg)
+        ma_ppo.improve(rollout, models, self.optimizers, number, cfg, first_pass)
         clock.append(sft.tick(self.device))
         return sft.timings(clock, PHASES), rollout
 
@@ -115,19 +116,23 @@ class Bench:
 
 
 def trl(args):
-    """Steps of ours and of TRL's trainer in turn."""
-    try:
-        from trl.experimental.ppo import PPOTrainer
-    except ImportError as error:
-        raise SystemExit(f'error: {error}; pip install "trl==1.8.*"') from None
+    """Steps of ours and of TRL's trainer in turn, each in a process of its own."""
     rows = []
     for size in args.sizes:
         bench = Bench(size, args.device)
-        with tempfile.TemporaryDirectory() as folder:
-            clock = Alternate(bench, args.repeats)
-            trainer = PPOTrainer(**trl_arguments(bench, folder, args), callbacks=[clock.callback()])
-            trainer.train()
-        ours, theirs = clock.ours[1:], clock.theirs[1:]  # the first warms up
+        command = [sys.executable, __file__, "trainer", "--sizes", size]
+        command += ["--repeats", str(args.repeats), "--device", str(args.device)]
+        ours, theirs = [], []
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, **pipes) as trainer:
+            for number in range(args.repeats + 1):
+                trainer.stdin.write("go\n")
+                trainer.stdin.flush()
+                theirs.append(seconds_said(trainer))
+                seconds, rollout = bench.step(number)
+                assert rollout.batch.mask.all()  # no response ended early
+                ours.append(seconds)
+        ours, theirs = ours[1:], theirs[1:]  # the first warms up
         seconds = [step["seconds"] for step in ours]
         row = {"size": size, "ours": median(seconds), "TRL": median(theirs)}
         row["ours / TRL"] = paired(seconds, theirs)
@@ -136,30 +141,39 @@ def trl(args):
     return rows
 
 
-class Alternate:
-    """Takes the time of a step of TRL's, and then does one of ours, again and again."""
+def seconds_said(trainer):
+    """How long the other process says that its step took; it may print other things before."""
+    for line in trainer.stdout:
+        if line.startswith("seconds "):
+            return float(line.split()[1])
+    raise SystemExit("error: TRL's process has ended")
 
-    def __init__(self, bench, repeats):
-        self.bench = bench
-        self.repeats = repeats
-        self.ours, self.theirs = [], []
-        self.began = None
 
-    def callback(self):
-        """What TRL's trainer calls before its first step and after every one."""
+def trainer(args):
+    """What the other process of `trl` does: a step of TRL's whenever it is told to."""
+    try:
         from transformers import TrainerCallback
+        from trl.experimental.ppo import PPOTrainer
+    except ImportError as error:
+        raise SystemExit(f'error: {error}; pip install "trl==1.8.*"') from None
 
-        def begin(callback, *args, **kwargs):
-            self.began = now(self.bench.device)
+    class Clock(TrainerCallback):
+        """Called by TRL's trainer before its first step and after every one."""
 
-        def end(callback, *args, **kwargs):
-            self.theirs.append(now(self.bench.device) - self.began)
-            seconds, rollout = self.bench.step(len(self.ours))
-            assert rollout.batch.mask.sum() == rollout.batch.mask.numel()  # no response ended early
-            self.ours.append(seconds)
-            self.began = now(self.bench.device)
+        def on_train_begin(self, *args, **kwargs):
+            self.wait()
 
-        return type("Clock", (TrainerCallback,), {"on_train_begin": begin, "on_step_end": end})()
+        def on_step_end(self, *args, **kwargs):
+            print(f"\nseconds {now(bench.device) - self.began}", flush=True)
+            self.wait()
+
+        def wait(self):
+            sys.stdin.readline()
+            self.began = now(bench.device)
+
+    bench = Bench(args.sizes[0], args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        PPOTrainer(**trl_arguments(bench, folder, args), callbacks=[Clock()]).train()
 
 
 def trl_arguments(bench, folder, args):
@@ -397,12 +411,13 @@ def table(rows):
     return "\n".join(lines)
 
 
-PARTS = [trl, phases, decode, arms, averaging, scaling, profile, rank]
+PARTS = [trl, phases, decode, arms, averaging, scaling, profile]
+OTHERS = [rank, trainer]  # what processes do that a part starts
 
 
 def main():
     """Run the parts named on the command line."""
-    parts = {part.__name__: part for part in PARTS}
+    parts = {part.__name__: part for part in PARTS + OTHERS}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -414,9 +429,11 @@ def main():
     args = parser.parse_args()
     for name in args.parts:
         np.random.seed(0)
-        rows = parts[name](args)
-        if name == "rank":
+        if parts[name] in OTHERS:
+            parts[name](args)
             continue
+        sft.setup(args.device.type)
+        rows = parts[name](args)
         print(f"\n{name}: {parts[name].__doc__.splitlines()[0]}\n\n{table(rows)}", flush=True)
         if args.json:
             with Path(args.json).open("a") as file:

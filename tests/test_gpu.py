@@ -1,8 +1,11 @@
 """What a GPU will do, as far as it shows without one: on a played device, by counting, on paper."""
 
 import copy
+import ctypes
 import gc
 import re
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -180,6 +183,34 @@ def test_gradients_take_no_memory_between_updates():
     assert all(p.grad is None for p in model.parameters())
 
 
+TAKE_AND_FREE = """
+import resource
+import sys
+
+import torch
+
+import sft
+
+if sys.argv[1] == "keep":
+    sft.setup("cpu")
+counts = []
+for _ in range(40):  # a tensor of 64 MB, freed at once
+    torch.ones(2**24)
+    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(counts[-1] - counts[19])
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_the_memory_of_a_freed_tensor_is_not_handed_out_anew_page_by_page():
+    faults = {}
+    for mode in ("keep", "as usual"):
+        command = [sys.executable, "-c", TAKE_AND_FREE, mode]
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        faults[mode] = int(done.stdout)
+    assert faults["keep"] < 100 < faults["as usual"]
+
+
 def test_rows_of_similar_length_are_judged_together_with_the_same_result(toy):
     policy, tokenizer = sft.load_causal_lm(str(toy.folder / "sft"))
     prompts = [[5] * n for n in (3, 9, 2, 5, 7, 4)]
@@ -247,7 +278,10 @@ def test_utilisation_is_the_models_flops_by_what_the_card_could_have_done(toy, m
     monkeypatch.setattr(ma_ppo, "card_speed", lambda model: 10 * once)
     found = ma_ppo.speeds(rollout, seconds, models, cfg)
     shares = [found[f"mfu_{phase}"] for phase in ("sample", "judge", "update")]
-    assert shares == pytest.approx([1 / 20, 2 / 20, 3 * 2 / 20])  # rloo: no critic
+    assert shares == pytest.approx([1 / 20, 2 / 20, (3 * 2 - 1) / 20])  # rloo: no critic
+    cfg.micro_batch_size = 1  # two micro-batches: all of both updates' passes are their own
+    found = ma_ppo.speeds(rollout, seconds, models, cfg)
+    assert found["mfu_update"] == pytest.approx(3 * 2 / 20)
 
 
 def test_a_card_is_known_by_its_name(monkeypatch):

@@ -824,6 +824,48 @@ def test_random_macro_actions_follow_the_row_not_its_place_in_the_batch():
     assert not torch.equal(forward[0], forward[1])
 
 
+def judged_once(tokenizer, **given):
+    """(rollout, what `judge` returned, models, cfg) of one step, arm fixed n = 3."""
+    cfg = step_config(n=3, warmup=0, **given)
+    models, examples = tiny_models(), examples_of()
+    rollout = sample(models["policy"], examples, 0, tokenizer, cfg)
+    first_pass = judge(rollout, models, examples, tokenizer, cfg)
+    credit("fixed", rollout, tokenizer, cfg)
+    return rollout, first_pass, models, cfg
+
+
+@pytest.mark.parametrize(
+    "given",
+    [dict(), dict(top_k=3, sort_by_length=True), dict(ppo_epochs=3, ratio="macro")],
+    ids=str,
+)
+def test_an_update_from_the_pass_that_judged_is_the_same_to_the_last_digit(tokenizer, given):
+    after = []
+    for once in (True, False):
+        rollout, first_pass, models, cfg = judged_once(tokenizer, **given)
+        assert first_pass.requires_grad
+        result = improve(rollout, models, sgd(models), 0, cfg, first_pass if once else None)
+        parameters = torch.cat([p.detach().flatten() for p in models["policy"].parameters()])
+        after.append((result, parameters))
+    assert after[0][0] == after[1][0]
+    assert torch.equal(after[0][1], after[1][1])
+    before = torch.cat([p.flatten() for p in tiny_models()["policy"].parameters()])
+    assert not torch.equal(after[0][1], before)
+
+
+@pytest.mark.parametrize("size, epochs, passes", [(6, 1, 1), (6, 3, 3), (5, 1, 4), (5, 3, 8)])
+def test_the_policy_reads_a_rollout_of_one_micro_batch_once(tokenizer, size, epochs, passes):
+    """Six rows: one micro-batch of six, or two of at most five."""
+    given = {"micro_batch_size": size, "ppo_epochs": epochs}
+    rollout, _, models, cfg = judged_once(tokenizer, **given)
+    calls = []
+    models["policy"].register_forward_hook(lambda *args: calls.append(0))
+    first_pass = judge(rollout, models, examples_of(), tokenizer, cfg)
+    assert (first_pass is None) == (size < 6)
+    improve(rollout, models, sgd(models), 0, cfg, first_pass)
+    assert len(calls) == passes
+
+
 @pytest.mark.parametrize("kind", ["token", "macro"])
 @pytest.mark.parametrize("shape", [dict(), dict(top_k=3)], ids=str)
 def test_the_first_ratio_is_1_and_nothing_is_clipped_in_one_epoch(rolled, kind, shape):

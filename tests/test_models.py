@@ -62,14 +62,14 @@ def one_step(cfg, models, optimizers, tokenizer, step=0):
         prompt = [3 + (7 * i + j) % (VOCAB - 3) for j in range(1 + i)]
         examples.append({"number": i, "text": "", "prompt": prompt})
     rollout = ma_ppo.sample(models["policy"], examples, step, tokenizer, cfg)
-    ma_ppo.judge(rollout, models, examples, tokenizer, cfg)
+    first_pass = ma_ppo.judge(rollout, models, examples, tokenizer, cfg)
     ma_ppo.cut("fixed", rollout, tokenizer, cfg)
     mask = rollout.batch.mask
     rewards = ma_ppo.token_rewards(
         rollout.scores, rollout.logprobs, rollout.ref_logprobs, mask, cfg.beta
     )
     ma_ppo.assign_credit("fixed", rollout, rewards, cfg)
-    return ma_ppo.improve(rollout, models, optimizers, step, cfg)
+    return ma_ppo.improve(rollout, models, optimizers, step, cfg, first_pass)
 
 
 def test_left_padding_does_not_change_logprobabilities_nor_scores(model, stages):
