@@ -363,9 +363,10 @@ def draw(logprobs, uniforms):
 def judge(rollout, models, examples, tokenizer, cfg):
     """Ask policy and reference for log-probabilities, the critic for values, the RM for scores.
 
-    The first update will ask the policy the same again, with the same weights. If all rows are one
-    micro-batch, it is asked once: what it said, log-probabilities [B, T], is returned with the
-    activations that a backward pass needs. Of more rows these may not fit into memory: then None.
+    Their first updates will ask policy and critic the same again, with the same weights. If all
+    rows are one micro-batch, they are asked once: what they said is returned, {"policy":
+    log-probabilities [B, T], "critic": values [B, T]}, together with the activations that a
+    backward pass needs. Of more rows these may not fit into memory: then returned is {}.
     """
     blank = torch.zeros(rollout.batch.mask.shape, device=rollout.batch.mask.device)  # [B, T]
     rollout.logprobs = blank.clone()
@@ -375,18 +376,22 @@ def judge(rollout, models, examples, tokenizer, cfg):
     parts = micro_batches(rollout.batch, cfg.micro_batch_size, cfg.sort_by_length)
     for rows, batch in parts:
         T = batch.mask.shape[1]  # of this part: b rows of similar length
+        first_pass = {}
         with torch.set_grad_enabled(len(parts) == 1):
             logprobs, every, keep = token_logprobs(models["policy"], batch, cfg)  # [b, T]
+            first_pass["policy"] = logprobs
+            if "critic" in models:  # rloo has none
+                first_pass["critic"] = state_values(models["critic"], batch)  # [b, T]
         # The reference is asked about the same allowed tokens: else one that only the policy
         # allows would cost infinite KL.
         ref_logprobs, _, _ = token_logprobs(models["reference"], batch, cfg, keep)  # [b, T]
         rollout.logprobs[rows, :T] = logprobs
         rollout.ref_logprobs[rows, :T] = ref_logprobs
         rollout.entropy[rows, :T] = torch.special.entr(every.exp()).sum(-1) * batch.mask
-        if "critic" in models:  # rloo has none
-            rollout.values[rows, :T] = state_values(models["critic"], batch) * batch.mask
+        if "critic" in models:
+            rollout.values[rows, :T] = first_pass["critic"] * batch.mask
     score(rollout, models, examples, tokenizer, cfg)
-    return logprobs if len(parts) == 1 else None
+    return first_pass if len(parts) == 1 else {}
 
 
 def micro_batches(batch, size, sort=False):
@@ -688,10 +693,10 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
     return loss.sum() / mask.sum().clamp(min=1)
 
 
-def improve(rollout, models, optimizers, step, cfg, first_pass=None):
+def improve(rollout, models, optimizers, step, cfg, first_pass):
     """Update policy and critic on the whole rollout; returns {metric: number}.
 
-    first_pass: what `judge` returned, for the first update of the policy.
+    first_pass: what `judge` returned, for the first update of each.
     """
     token_count = float(sft.all_sum(rollout.batch.mask.sum().cpu()))
     learning = step - cfg.critic_steps  # steps since the policy began to learn
@@ -700,12 +705,13 @@ def improve(rollout, models, optimizers, step, cfg, first_pass=None):
     for epoch in range(cfg.ppo_epochs if learning >= 0 else 0):
         seen = []  # what the ratios of this epoch's micro-batches were
         # Functions, nothing is computed yet: `update` calls one after the other, each backward.
-        losses = policy_losses(rollout, models["policy"], token_count, cfg, seen, first_pass)
+        known = first_pass.pop("policy", None)  # not the second time: the weights are others then
+        losses = policy_losses(rollout, models["policy"], token_count, cfg, seen, known)
         policy_totals.append(sft.update(models["policy"], optimizers["policy"], losses, lr))
-        first_pass = None  # the weights are others now
         ratio_stats += [stats | {"epoch": epoch} for stats in seen]
     for _ in range(updates_of_critic(cfg) if "critic" in models else 0):
-        losses = value_losses(rollout, models["critic"], token_count, cfg)
+        known = first_pass.pop("critic", None)
+        losses = value_losses(rollout, models["critic"], token_count, cfg, known)
         total = sft.update(models["critic"], optimizers["critic"], losses, cfg.critic_lr)
         value_totals.append(total)
     return {
@@ -719,10 +725,10 @@ def updates_of_critic(cfg):
     return cfg.ppo_epochs if cfg.critic_epochs is None else cfg.critic_epochs
 
 
-def policy_losses(rollout, policy, token_count, cfg, seen, first_pass=None):
+def policy_losses(rollout, policy, token_count, cfg, seen, known=None):
     """A function for each micro-batch that computes its share of the policy loss.
 
-    Each appends a dict about its ratios to the list `seen`. first_pass: log-probabilities [B, T] of
+    Each appends a dict about its ratios to the list `seen`. known: the log-probabilities [B, T] of
     the only micro-batch, if the policy was asked for them already.
     """
 
@@ -732,8 +738,8 @@ def policy_losses(rollout, policy, token_count, cfg, seen, first_pass=None):
         old = rollout.logprobs[rows, :T]  # [b, T]
         advantages = rollout.advantages[rows, :T]  # [b, T]
         seg = rollout.seg[rows, :T] if cfg.ratio == "macro" else None  # [b, T]
-        logprobs = first_pass  # [b, T]
-        if first_pass is None:
+        logprobs = known  # [b, T]
+        if known is None:
             logprobs, _, _ = token_logprobs(policy, batch, cfg)
         ratio = ratios(logprobs.detach(), old, batch.mask, seg)  # [b, T]
         counted = batch.mask if seg is None else rollout.starts[rows, :T]  # one per macro action
@@ -745,13 +751,16 @@ def policy_losses(rollout, policy, token_count, cfg, seen, first_pass=None):
     return [partial(one_loss, rows, batch) for rows, batch in parts]
 
 
-def value_losses(rollout, critic, token_count, cfg):
-    """A function for each micro-batch that computes its share of the value loss."""
+def value_losses(rollout, critic, token_count, cfg, known=None):
+    """A function for each micro-batch that computes its share of the value loss.
+
+    known: the values [B, T] of the only micro-batch, if the critic was asked for them already.
+    """
 
     def one_loss(rows, batch):
         """The loss of the responses with these row numbers [b]."""
         T = batch.mask.shape[1]
-        values = state_values(critic, batch)  # [b, T]
+        values = state_values(critic, batch) if known is None else known  # [b, T]
         old, returns = rollout.values[rows, :T], rollout.returns[rows, :T]  # [b, T]
         clip = cfg.clip if cfg.value_clip is None else cfg.value_clip
         loss = value_loss(values, old, returns, batch.mask, clip or math.inf)
@@ -1046,8 +1055,8 @@ def phase_flops(batch, models, cfg):
     """How many multiplications and additions the models need for this rank's rollout, by phase."""
     once = {name: forward_flops(model, batch) for name, model in models.items()}
     learned = cfg.ppo_epochs * once["policy"] + updates_of_critic(cfg) * once.get("critic", 0)
-    at_once = len(batch.mask) <= cfg.micro_batch_size  # then `judge` has made an update's pass
-    saved = once["policy"] if at_once else 0
+    at_once = len(batch.mask) <= cfg.micro_batch_size  # then `judge` has made the first passes
+    saved = once["policy"] + once.get("critic", 0) if at_once else 0
     return {
         "sample": once["policy"],  # thanks to the cache, no more than for reading the text
         "judge": sum(once.values()),

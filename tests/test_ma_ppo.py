@@ -836,41 +836,46 @@ def judged_once(tokenizer, **given):
 
 @pytest.mark.parametrize(
     "given",
-    [dict(), dict(top_k=3, sort_by_length=True), dict(ppo_epochs=3, ratio="macro")],
+    [
+        dict(),
+        dict(top_k=3, sort_by_length=True),
+        dict(ppo_epochs=2, critic_epochs=3, ratio="macro"),
+    ],
     ids=str,
 )
 def test_an_update_from_the_pass_that_judged_is_the_same_to_the_last_digit(tokenizer, given):
     after = []
     for once in (True, False):
         rollout, first_pass, models, cfg = judged_once(tokenizer, **given)
-        assert first_pass.requires_grad
-        result = improve(rollout, models, sgd(models), 0, cfg, first_pass if once else None)
-        parameters = torch.cat([p.detach().flatten() for p in models["policy"].parameters()])
-        after.append((result, parameters))
+        assert set(first_pass) == {"policy", "critic"}
+        result = improve(rollout, models, sgd(models), 0, cfg, first_pass if once else {})
+        parameters = [p for name in ("policy", "critic") for p in models[name].parameters()]
+        after.append((result, torch.cat([p.detach().flatten() for p in parameters])))
     assert after[0][0] == after[1][0]
     assert torch.equal(after[0][1], after[1][1])
-    before = torch.cat([p.flatten() for p in tiny_models()["policy"].parameters()])
-    assert not torch.equal(after[0][1], before)
+    before = [p for name in ("policy", "critic") for p in tiny_models()[name].parameters()]
+    assert not torch.equal(after[0][1], torch.cat([p.flatten() for p in before]))
 
 
 @pytest.mark.parametrize("size, epochs, passes", [(6, 1, 1), (6, 3, 3), (5, 1, 4), (5, 3, 8)])
-def test_the_policy_reads_a_rollout_of_one_micro_batch_once(tokenizer, size, epochs, passes):
+def test_models_that_learn_read_a_rollout_of_one_micro_batch_once(tokenizer, size, epochs, passes):
     """Six rows: one micro-batch of six, or two of at most five."""
     given = {"micro_batch_size": size, "ppo_epochs": epochs}
     rollout, _, models, cfg = judged_once(tokenizer, **given)
     calls = []
-    models["policy"].register_forward_hook(lambda *args: calls.append(0))
+    for name in ("policy", "critic"):
+        models[name].register_forward_hook(lambda *args, name=name: calls.append(name))
     first_pass = judge(rollout, models, examples_of(), tokenizer, cfg)
-    assert (first_pass is None) == (size < 6)
     improve(rollout, models, sgd(models), 0, cfg, first_pass)
-    assert len(calls) == passes
+    assert calls.count("policy") == calls.count("critic") == passes
+    assert not first_pass  # and so are the activations
 
 
 @pytest.mark.parametrize("kind", ["token", "macro"])
 @pytest.mark.parametrize("shape", [dict(), dict(top_k=3)], ids=str)
 def test_the_first_ratio_is_1_and_nothing_is_clipped_in_one_epoch(rolled, kind, shape):
     rollout, models, cfg = rolled(ratio=kind, **shape)
-    result = improve(rollout, models, sgd(models), 0, cfg)
+    result = improve(rollout, models, sgd(models), 0, cfg, {})
     assert abs(result["ratio_first"] - 1) <= 1e-5
     assert result["clip_fraction"] == 0
     # At ratio 1 the loss is minus the mean of advantages that were whitened to mean 0.
@@ -879,7 +884,7 @@ def test_the_first_ratio_is_1_and_nothing_is_clipped_in_one_epoch(rolled, kind, 
 
 def test_the_clip_starts_to_act_in_the_second_epoch(rolled):
     rollout, models, cfg = rolled(ppo_epochs=3, lr=1.0, warmup=0)
-    result = improve(rollout, models, sgd(models), 0, cfg)
+    result = improve(rollout, models, sgd(models), 0, cfg, {})
     assert abs(result["ratio_first"] - 1) <= 1e-5  # of the first epoch only
     assert 0 < result["clip_fraction"] < 1
 
@@ -889,7 +894,7 @@ def test_ratio_first_reports_the_ratio_that_is_farthest_from_1(rolled):
     b, t = rollout.batch.mask.nonzero()[3].tolist()
     # As if this token had been twice as likely when it was sampled.
     rollout.logprobs[b, t] += math.log(2)
-    result = improve(rollout, models, sgd(models), 0, cfg)
+    result = improve(rollout, models, sgd(models), 0, cfg, {})
     assert result["ratio_first"] == pytest.approx(0.5, abs=1e-4)
     assert result["clip_fraction"] == pytest.approx(1 / int(rollout.batch.mask.sum()))
 
@@ -901,7 +906,7 @@ def test_the_micro_batch_size_does_not_change_the_update(rolled, kind):
     for size in (1, 4, 100):
         cfg = step_config(n=3, ratio=kind, micro_batch_size=size, warmup=0)
         copies = copy.deepcopy(models)
-        result = improve(rollout, copies, sgd(copies), 0, cfg)
+        result = improve(rollout, copies, sgd(copies), 0, cfg, {})
         parameters = [
             p.detach() for name in ("policy", "critic") for p in copies[name].parameters()
         ]
@@ -918,11 +923,11 @@ def test_an_update_makes_better_than_expected_tokens_likelier_and_the_critic_bet
     optimizers = {
         name: torch.optim.SGD(models[name].parameters(), 0) for name in ("policy", "critic")
     }
-    first = improve(rollout, models, optimizers, 0, cfg)
+    first = improve(rollout, models, optimizers, 0, cfg, {})
     with torch.no_grad():
         after, _, _ = token_logprobs(models["policy"], rollout.batch, cfg)
     assert float(((after - rollout.logprobs) * rollout.advantages).sum()) > 0
-    second = improve(rollout, models, optimizers, 0, cfg)
+    second = improve(rollout, models, optimizers, 0, cfg, {})
     assert second["policy_loss"] < first["policy_loss"]
     assert second["value_loss"] < first["value_loss"]
 
@@ -931,7 +936,7 @@ def test_the_policys_learning_rate_ramps_up_and_the_critic_learns_at_once(rolled
     rollout, models, cfg = rolled(lr=0.4, critic_lr=0.2, warmup=4)
     optimizers, seen = sgd(models), []
     for step in (0, 1, 3, 9):
-        improve(rollout, models, optimizers, step, cfg)
+        improve(rollout, models, optimizers, step, cfg, {})
         seen += [
             (optimizers["policy"].param_groups[0]["lr"], optimizers["critic"].param_groups[0]["lr"])
         ]
