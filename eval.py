@@ -1286,6 +1286,8 @@ def models_at(run, step, cfg, args):
             hint = "train with --save_every 20 --keep 99 to have it"
             fail(f"{run}: no complete checkpoint of step {step} ({damage}); {hint}")
         sft.load_checkpoint(folder, sft.TrainingState(models, optimizers))
+    for model in models.values():
+        model.requires_grad_(False)  # nothing learns here: `judge` need not prepare for it
     return models, tokenizer
 
 

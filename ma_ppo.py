@@ -199,7 +199,7 @@ def train(arm, out, cfg, device):
         rollout = sample(models["policy"], examples, step, tokenizer, cfg)
         clock.append(sft.tick(device))
         # 2. The four models judge: how likely is each token, what is expected, what is the score?
-        first_pass = judge(rollout, models, examples, tokenizer, cfg)
+        first_pass = judge(rollout, models, examples, tokenizer, cfg)  # step 6 can go on from it
         clock.append(sft.tick(device))
         # 3. The responses are cut into macro actions.
         cut(arm, rollout, tokenizer, cfg)
@@ -212,7 +212,6 @@ def train(arm, out, cfg, device):
         clock.append(sft.tick(device))
         # 6. The policy makes good actions likelier; the critic learns to expect what came.
         losses = improve(rollout, models, optimizers, step, cfg, first_pass)
-        del first_pass  # its activations are still there, if only the critic has learned
         clock.append(sft.tick(device))
         log(run, step, rollout, examples, losses, clock, tokenizer)
     sft.save_models([models["policy"], tokenizer], out / "model")
@@ -363,10 +362,10 @@ def draw(logprobs, uniforms):
 def judge(rollout, models, examples, tokenizer, cfg):
     """Ask policy and reference for log-probabilities, the critic for values, the RM for scores.
 
-    Their first updates will ask policy and critic the same again, with the same weights. If all
-    rows are one micro-batch, they are asked once: what they said is returned, {"policy":
-    log-probabilities [B, T], "critic": values [B, T]}, together with the activations that a
-    backward pass needs. Of more rows these may not fit into memory: then returned is {}.
+    The first update of policy and critic needs their passes again, with the same weights. If all
+    rows are one micro-batch, each is made once: returned are {"policy": log-probabilities [b, t],
+    "critic": values [b, t]}, laid out as in `micro_batches`, with the activations that a backward
+    pass needs. The activations of several micro-batches may not fit into memory: then {}.
     """
     blank = torch.zeros(rollout.batch.mask.shape, device=rollout.batch.mask.device)  # [B, T]
     rollout.logprobs = blank.clone()
@@ -696,16 +695,21 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
 def improve(rollout, models, optimizers, step, cfg, first_pass):
     """Update policy and critic on the whole rollout; returns {metric: number}.
 
-    first_pass: what `judge` returned, for the first update of each.
+    first_pass: what `judge` returned. It is taken out by the first updates: after them the weights
+    are others.
     """
     token_count = float(sft.all_sum(rollout.batch.mask.sum().cpu()))
     learning = step - cfg.critic_steps  # steps since the policy began to learn
     lr = cfg.lr * min(1.0, (learning + 1) / max(1, cfg.warmup))
+    if learning <= 0:
+        # The policy does not learn yet, or for the first time: then it reads the rollout again, as
+        # a check that its ratio is 1.
+        first_pass.pop("policy", None)
     policy_totals, value_totals, ratio_stats = [], [], []
     for epoch in range(cfg.ppo_epochs if learning >= 0 else 0):
         seen = []  # what the ratios of this epoch's micro-batches were
-        # Functions, nothing is computed yet: `update` calls one after the other, each backward.
-        known = first_pass.pop("policy", None)  # not the second time: the weights are others then
+        known = first_pass.pop("policy", None)
+        # Functions: `update` computes their losses one after the other, each with a backward pass.
         losses = policy_losses(rollout, models["policy"], token_count, cfg, seen, known)
         policy_totals.append(sft.update(models["policy"], optimizers["policy"], losses, lr))
         ratio_stats += [stats | {"epoch": epoch} for stats in seen]
@@ -728,8 +732,8 @@ def updates_of_critic(cfg):
 def policy_losses(rollout, policy, token_count, cfg, seen, known=None):
     """A function for each micro-batch that computes its share of the policy loss.
 
-    Each appends a dict about its ratios to the list `seen`. known: the log-probabilities [B, T] of
-    the only micro-batch, if the policy was asked for them already.
+    Each appends a dict about its ratios to the list `seen`. known: the log-probabilities [b, t] of
+    the only micro-batch, if `judge` has them from these weights.
     """
 
     def one_loss(rows, batch):
@@ -754,7 +758,7 @@ def policy_losses(rollout, policy, token_count, cfg, seen, known=None):
 def value_losses(rollout, critic, token_count, cfg, known=None):
     """A function for each micro-batch that computes its share of the value loss.
 
-    known: the values [B, T] of the only micro-batch, if the critic was asked for them already.
+    known: the values [b, t] of the only micro-batch, if `judge` has them from these weights.
     """
 
     def one_loss(rows, batch):
@@ -1022,7 +1026,7 @@ def speeds(rollout, seconds, models, cfg):
     """Tokens per second of all ranks: sampled ones, judged ones and those learned from.
 
     On a GPU of CARDS also model-FLOPs utilisation (mfu_*): which share of what the card could
-    compute in that time the models needed. What is computed twice, or for padding, does not count.
+    compute in that time the models needed. Padding does not count, nor recomputed activations.
     """
     sampled = float(sft.all_sum(rollout.batch.mask.sum().cpu()))
     read = float(sft.all_sum(rollout.batch.attention.sum().cpu()))  # with the prompts
@@ -1055,12 +1059,12 @@ def phase_flops(batch, models, cfg):
     """How many multiplications and additions the models need for this rank's rollout, by phase."""
     once = {name: forward_flops(model, batch) for name, model in models.items()}
     learned = cfg.ppo_epochs * once["policy"] + updates_of_critic(cfg) * once.get("critic", 0)
-    at_once = len(batch.mask) <= cfg.micro_batch_size  # then `judge` has made the first passes
+    at_once = len(batch.mask) <= cfg.micro_batch_size  # then `judge` makes the first passes
     saved = once["policy"] + once.get("critic", 0) if at_once else 0
     return {
         "sample": once["policy"],  # thanks to the cache, no more than for reading the text
         "judge": sum(once.values()),
-        "update": 3 * learned - saved,  # backward: the weights' gradients, and the inputs'
+        "update": 3 * learned - saved,  # forward 1, backward 2: the weights', the inputs' gradients
     }
 
 

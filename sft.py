@@ -964,8 +964,8 @@ def keep_freed_memory():
     """Keep the memory of freed tensors for the next ones, as PyTorch does on a GPU by itself.
 
     The C library (glibc) returns that of a large tensor to the system at once. For the next tensor
-    the system has to find and clear it page by page: up to a fifth of an update. Elsewhere than
-    on Linux nothing is changed.
+    the system has to find and clear it page by page: up to a sixth of an update. The price is a
+    process that stays as large as it once was. With another C library nothing is changed.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

@@ -168,7 +168,8 @@ def trainer(args):
             self.wait()
 
         def wait(self):
-            sys.stdin.readline()
+            if not sys.stdin.readline():
+                raise SystemExit  # all steps are done, or the other process has ended
             self.began = now(bench.device)
 
     bench = Bench(args.sizes[0], args.device)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 from collections import Counter
 from functools import partial
 from types import SimpleNamespace
@@ -848,7 +849,7 @@ def test_an_update_from_the_pass_that_judged_is_the_same_to_the_last_digit(token
     for once in (True, False):
         rollout, first_pass, models, cfg = judged_once(tokenizer, **given)
         assert set(first_pass) == {"policy", "critic"}
-        result = improve(rollout, models, sgd(models), 0, cfg, first_pass if once else {})
+        result = improve(rollout, models, sgd(models), 1, cfg, first_pass if once else {})
         parameters = [p for name in ("policy", "critic") for p in models[name].parameters()]
         after.append((result, torch.cat([p.detach().flatten() for p in parameters])))
     assert after[0][0] == after[1][0]
@@ -862,13 +863,49 @@ def test_models_that_learn_read_a_rollout_of_one_micro_batch_once(tokenizer, siz
     """Six rows: one micro-batch of six, or two of at most five."""
     given = {"micro_batch_size": size, "ppo_epochs": epochs}
     rollout, _, models, cfg = judged_once(tokenizer, **given)
-    calls = []
+    calls, with_graph = [], []
     for name in ("policy", "critic"):
         models[name].register_forward_hook(lambda *args, name=name: calls.append(name))
+    models["policy"].register_forward_hook(lambda *args: with_graph.append(torch.is_grad_enabled()))
     first_pass = judge(rollout, models, examples_of(), tokenizer, cfg)
-    improve(rollout, models, sgd(models), 0, cfg, first_pass)
+    assert set(with_graph) == {size == 6}
+    improve(rollout, models, sgd(models), 1, cfg, first_pass)
     assert calls.count("policy") == calls.count("critic") == passes
-    assert not first_pass  # and so are the activations
+
+
+def test_judging_is_the_same_to_the_last_digit_whether_it_is_learned_from_or_not(tokenizer):
+    learned, _, models, cfg = judged_once(tokenizer, top_k=6)
+    for model in models.values():
+        model.requires_grad_(False)
+    other = Rollout(learned.batch, learned.seeds, learned.tokens, learned.texts)
+    first_pass = judge(other, models, examples_of(), tokenizer, cfg)
+    assert not any(x.requires_grad for x in first_pass.values())
+    for name in ("logprobs", "ref_logprobs", "entropy", "values", "scores"):
+        assert torch.equal(getattr(other, name), getattr(learned, name)), name
+        assert not getattr(learned, name).requires_grad
+
+
+def test_the_policys_activations_are_not_kept_while_the_critic_learns_alone(tokenizer):
+    rollout, first_pass, models, cfg = judged_once(tokenizer, critic_steps=2)
+    alive = []
+    answers = weakref.ref(first_pass["policy"])
+    first_pass["critic"].register_hook(lambda gradient: alive.append(answers() is not None))
+    improve(rollout, models, sgd(models), 1, cfg, first_pass)
+    assert alive == [False] and not first_pass
+
+
+def test_the_first_ratio_shows_a_policy_that_never_says_the_same_twice(tokenizer):
+    """Its dropout is on, say. Its first update reads the rollout again, so that this shows."""
+    rollout, _, models, cfg = judged_once(tokenizer)
+
+    def disturb(model, args, output):
+        output.logits = output.logits + torch.randn_like(output.logits)
+
+    models["policy"].register_forward_hook(disturb)
+    for step, shows in ((0, True), (1, False)):
+        first_pass = judge(rollout, models, examples_of(), tokenizer, cfg)
+        result = improve(rollout, models, sgd(models), step, cfg, first_pass)
+        assert (abs(result["ratio_first"] - 1) > 0.1) == shows
 
 
 @pytest.mark.parametrize("kind", ["token", "macro"])
