@@ -363,8 +363,8 @@ def judge(rollout, models, examples, tokenizer, cfg):
     """Ask policy and reference for log-probabilities, the critic for values, the RM for scores.
 
     The first update of policy and critic needs their passes again, with the same weights. If all
-    rows are one micro-batch, each is made once: returned are {"policy": log-probabilities [b, t],
-    "critic": values [b, t]}, laid out as in `micro_batches`, with the activations that a backward
+    rows are one micro-batch, each is made once: returned are {"policy": log-probabilities [b, T],
+    "critic": values [b, T]}, laid out as in `micro_batches`, with the activations that a backward
     pass needs. The activations of several micro-batches may not fit into memory: then {}.
     """
     blank = torch.zeros(rollout.batch.mask.shape, device=rollout.batch.mask.device)  # [B, T]
@@ -732,7 +732,7 @@ def updates_of_critic(cfg):
 def policy_losses(rollout, policy, token_count, cfg, seen, known=None):
     """A function for each micro-batch that computes its share of the policy loss.
 
-    Each appends a dict about its ratios to the list `seen`. known: the log-probabilities [b, t] of
+    Each appends a dict about its ratios to the list `seen`. known: the log-probabilities [b, T] of
     the only micro-batch, if `judge` has them from these weights.
     """
 
@@ -758,7 +758,7 @@ def policy_losses(rollout, policy, token_count, cfg, seen, known=None):
 def value_losses(rollout, critic, token_count, cfg, known=None):
     """A function for each micro-batch that computes its share of the value loss.
 
-    known: the values [b, t] of the only micro-batch, if `judge` has them from these weights.
+    known: the values [b, T] of the only micro-batch, if `judge` has them from these weights.
     """
 
     def one_loss(rows, batch):
@@ -875,7 +875,7 @@ def check_sampling(policy, prompts, tokenizer, cfg):
     usable = whole[0, 0] > -1e8  # [V], without ids that stand for no token
     whole = whole[..., usable]  # [b, t, usable]
     cached = torch.stack(seen[: whole.shape[1]], 1)[..., usable]  # [b, t, usable]
-    wrong = (cached - whole).std(-1) / whole.std(-1)  # [b, t] share of the logits' spread
+    wrong = (cached - whole).std(-1) / whole.std(-1)  # [b, T] share of the logits' spread
     most = 0.2 if policy.bf16 else 0.01  # bf16 rounds more
     if ((wrong > most) & batch.mask.bool()).any():
         name = type(policy).__name__
