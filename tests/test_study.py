@@ -44,26 +44,27 @@ def test_every_run_has_settings_that_chapter_4_accepts(tmp_path, monkeypatch):
 
 def test_posts_with_another_number_of_facts(monkeypatch):
     sft, reward = study.chapter5.sft, study.chapter5.reward
-    monkeypatch.setattr(sft, "TOY_FACTS", sft.TOY_FACTS)  # put back afterwards
-    monkeypatch.setattr(sft, "TOY_LONGEST", sft.TOY_LONGEST)
     usual = sft.toy_row(7)
-    study.change_facts(12)
-    assert sft.toy_row(7) == usual
     tokens = []
-    for facts in (5, 24):
-        sft.toy_sentences.cache_clear()
-        study.change_facts(facts)
-        rows = [sft.toy_row(number) for number in range(200)]
-        assert {len(row["facts"]) for row in rows} == {facts}
-        best = sft.toy_text(
-            sft.TOY_FACTS[slot].summary.format(value) for slot, value in rows[0]["facts"].items()
-        )
-        assert reward.gold_score(rows[0]["facts"], best) == facts  # every fact, once
-        longest = max(reward.toy_pair(row)["chosen"].count(".") for row in rows)
-        assert longest == facts + 2
-        tokens.append(sum(len(row["response"].replace(".", " .").split()) for row in rows) / 200)
-        monkeypatch.undo()
+    for facts in (5, 24, 12):
+        with monkeypatch.context() as patch:
+            patch.setattr(sft, "TOY_FACTS", sft.TOY_FACTS)  # put back afterwards
+            patch.setattr(sft, "TOY_LONGEST", sft.TOY_LONGEST)
+            sft.toy_sentences.cache_clear()
+            study.change_facts(facts)
+            assert (sft.toy_row(7) == usual) == (facts == 12)
+            rows = [sft.toy_row(number) for number in range(200)]
+            assert {len(row["facts"]) for row in rows} == {facts}
+            best = sft.toy_text(
+                sft.TOY_FACTS[slot].summary.format(x) for slot, x in rows[0]["facts"].items()
+            )
+            assert reward.gold_score(rows[0]["facts"], best) == facts  # every fact, once
+            longest = max(reward.toy_pair(row)["chosen"].count(".") for row in rows)
+            assert longest == facts + 2
+            words = sum(len(row["response"].replace(".", " .").split()) for row in rows)
+            tokens.append(words / 200)
     sft.toy_sentences.cache_clear()
+    assert sft.toy_row(7) == usual  # tests after this one have the usual posts
     assert 45 < tokens[0] < 55 and 140 < tokens[1] < 155  # 12 facts: 83
 
 
