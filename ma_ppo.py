@@ -729,11 +729,11 @@ def updates_of_critic(cfg):
     return cfg.ppo_epochs if cfg.critic_epochs is None else cfg.critic_epochs
 
 
-def policy_losses(rollout, policy, token_count, cfg, seen, known=None):
+def policy_losses(rollout, policy, token_count, cfg, seen, known):
     """A function for each micro-batch that computes its share of the policy loss.
 
     Each appends a dict about its ratios to the list `seen`. known: the log-probabilities [b, T] of
-    the only micro-batch, if `judge` has them from these weights.
+    the only micro-batch, if `judge` has them; else None.
     """
 
     def one_loss(rows, batch):
@@ -755,10 +755,10 @@ def policy_losses(rollout, policy, token_count, cfg, seen, known=None):
     return [partial(one_loss, rows, batch) for rows, batch in parts]
 
 
-def value_losses(rollout, critic, token_count, cfg, known=None):
+def value_losses(rollout, critic, token_count, cfg, known):
     """A function for each micro-batch that computes its share of the value loss.
 
-    known: the values [b, T] of the only micro-batch, if `judge` has them from these weights.
+    known: the values [b, T] of the only micro-batch, if `judge` has them; else None.
     """
 
     def one_loss(rows, batch):
@@ -875,7 +875,7 @@ def check_sampling(policy, prompts, tokenizer, cfg):
     usable = whole[0, 0] > -1e8  # [V], without ids that stand for no token
     whole = whole[..., usable]  # [b, t, usable]
     cached = torch.stack(seen[: whole.shape[1]], 1)[..., usable]  # [b, t, usable]
-    wrong = (cached - whole).std(-1) / whole.std(-1)  # [b, T] share of the logits' spread
+    wrong = (cached - whole).std(-1) / whole.std(-1)  # [b, t] share of the logits' spread
     most = 0.2 if policy.bf16 else 0.01  # bf16 rounds more
     if ((wrong > most) & batch.mask.bool()).any():
         name = type(policy).__name__

@@ -124,11 +124,11 @@ def trl(args):
         command += ["--repeats", str(args.repeats), "--device", str(args.device)]
         ours, theirs = [], []
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        with subprocess.Popen(command, **pipes) as trainer:
+        with subprocess.Popen(command, **pipes) as process:
             for number in range(args.repeats + 1):
-                trainer.stdin.write("go\n")
-                trainer.stdin.flush()
-                theirs.append(seconds_said(trainer))
+                process.stdin.write("go\n")
+                process.stdin.flush()
+                theirs.append(seconds_said(process))
                 seconds, rollout = bench.step(number)
                 assert rollout.batch.mask.all()  # no response ended early
                 ours.append(seconds)
@@ -141,9 +141,9 @@ def trl(args):
     return rows
 
 
-def seconds_said(trainer):
+def seconds_said(process):
     """How long the other process says that its step took; it may print other things before."""
-    for line in trainer.stdout:
+    for line in process.stdout:
         if line.startswith("seconds "):
             return float(line.split()[1])
     raise SystemExit("error: TRL's process has ended")

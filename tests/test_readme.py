@@ -123,6 +123,14 @@ def test_the_tables_of_speed_are_those_of_the_measured_rows():
     for line in (ROOT / "results" / "bench.jsonl").read_text().splitlines():
         row = json.loads(line)
         parts.setdefault(row.pop("part"), []).append(row)
-    assert len(parts) == 6
+    assert len(parts) == 7
     for part, rows in parts.items():
         assert f"\n\n{bench.table(rows)}\n\n" in text, part
+    front = " ".join((ROOT / "README.md").read_text().split())
+    alone, both = parts["trl"], parts["trl, both keep memory"]
+    said = "a step takes {:.2f} (toy) and {:.2f} (10 M) of TRL 1.8's time"
+    assert said.format(*(row["ours / TRL"] for row in alone)) in front
+    said = "{:.2f} and {:.2f} if TRL keeps freed memory as we do"
+    assert said.format(*(row["ours / TRL"] for row in both)) in front
+    update = next(row["update / matmul"] for row in parts["phases"] if row["size"] == "135m")
+    assert f"updates at 135 M run at {100 * update:.0f} % of bare matmuls" in front
