@@ -25,32 +25,18 @@ Contents
 You may stop reading at Appendix A.
 """
 
-import atexit
-import functools
-import itertools
-import json
 import math
-import os
-import queue
-import random
-import secrets
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from decimal import Decimal
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.elastic.multiprocessing.errors import record
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import AutoModel
 
 import sft
 from sft import opt, print0
@@ -115,18 +101,18 @@ class ScalarModel(nn.Module):
         save_file(head, Path(folder) / HEAD)
 
     @classmethod
-    def load(cls, folder, device="cpu"):
+    def load(cls, folder):
         """The model that `save_pretrained` wrote; of a causal LM its trunk, under a fresh head.
 
         Reward models that others have published are of another form: Appendix C.
         """
         if is_classifier(folder):
-            return from_classifier(folder).to(device)
+            return from_classifier(folder)
         model = cls(sft.load_model(AutoModel, folder))
         head = Path(folder) / HEAD
         if head.exists():
             model.head.load_state_dict(load_file(head))
-        return model.to(device)
+        return model
 
 
 # Where the score sits. The trunk gives a number at every position, but only one of them has read
@@ -154,34 +140,19 @@ def preference_loss(chosen, rejected, pair_count):
     return -F.logsigmoid(chosen - rejected).sum() / pair_count
 
 
-def pair_scores(model, pairs, tokenizer, device):
-    """Scores of encoded pairs, in one forward pass: chosen in row 0, rejected in row 1.
-
-    -> [2, number of pairs]
-    """
-    prompts = [pair["prompt"] for pair in pairs] * 2
-    responses = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
-    batch = sft.make_batch(prompts, responses, tokenizer.pad_token_id, device)
-    return last_token_scores(model, batch).view(2, len(pairs))  # [2, pairs]
-
-
-def micro_losses(model, pairs, tokenizer, cfg, device):
-    """A function for each micro-batch of pairs that computes its share of the loss."""
-
-    def loss(part):
-        scores = pair_scores(model, pairs[part], tokenizer, device)  # [2, pairs]
-        return preference_loss(scores[0], scores[1], cfg.batch_size)
-
-    parts = sft.micro_slices(len(pairs), cfg.micro_batch_size)
-    return [functools.partial(loss, part) for part in parts]
+def micro_losses(model, pairs, pad, cfg):
+    """Yield the loss of each micro-batch of encoded pairs, computed when it is asked for."""
+    for part in sft.micro_slices(len(pairs), cfg.micro_batch_size):
+        prompts = [pair["prompt"] for pair in pairs[part]] * 2
+        responses = [pair[name] for name in ("chosen", "rejected") for pair in pairs[part]]
+        batch = sft.make_batch(prompts, responses, pad, model.trunk.device)
+        chosen, rejected = last_token_scores(model, batch).chunk(2)  # [pairs] each
+        yield preference_loss(chosen, rejected, cfg.batch_size)
 
 
 def main(argv=None):
     """Train a reward model, with the settings of the command line."""
-    try:
-        train(sft.parse(Config, "reward", argv))
-    except sft.StorageError as error:
-        sft.fail_together(error)
+    train(sft.parse(Config, "reward", argv))
 
 
 def train(cfg):
@@ -189,41 +160,41 @@ def train(cfg):
     if cfg.task in sft.PROGRAMS:
         sft.fail(f"--task {cfg.task} needs no reward model: go on with ma_ppo.py")
     cfg.sft = cfg.sft or str(Path("runs") / cfg.task / "sft")
-    device = sft.setup(cfg.device, cfg.timeout)  # join the other ranks, if there are any
-    sft.record_rows(cfg)  # so that a changed file is noticed later
+    device = sft.setup(cfg.device)  # join the other ranks, if there are any
     rows = load_pairs(cfg, "rm")  # this chapter's share of the preference pairs
     test = load_pairs(cfg, "test")  # held out
     out = sft.claim(cfg.out)  # the run's folder, held against other runs
-    if sft.finished(cfg, out):
+    if sft.finished(out, cfg):
         return
-    model, tokenizer = start_model(cfg, device)  # the SFT trunk under a new head
-    sft.announce(tokenizer, cfg)  # how prompts begin and responses end
+    model, tokenizer = start_model(cfg)  # the SFT trunk under a new head
+    pad = tokenizer.pad_token_id
     rows = sft.usable_rows(rows, tokenizer, cfg, PAIR)  # without pairs that are equal once cut
     test = sft.usable_rows(test, tokenizer, cfg, PAIR)
-    cfg.steps = sft.count_steps(cfg, len(rows))
-    sft.prepare(model, cfg, device)
+    pairs = sft.encode(rows, tokenizer, cfg, PAIR)  # token lists
+    cfg.steps = sft.count_steps(cfg, len(pairs))
+    sft.prepare(model, cfg, device)  # on its device, equal on all ranks
     optimizer = sft.make_optimizer(model)
-    print0(f"RM: {len(rows):,} preference pairs, batches of {cfg.batch_size} -> {out}")
+    print0(f"RM: {len(pairs):,} preference pairs, batches of {cfg.batch_size} -> {out}")
 
-    run = sft.Run(cfg, out, "reward", {"model": model}, {"model": optimizer})
-    run.begin()  # at step 0, or where an interrupted run was
-    for step in run.steps():
-        clock = [sft.tick(device)]
-        pairs = sft.my_share(sft.batch_rows(rows, step, cfg.batch_size, cfg.seed))  # texts
-        pairs = sft.encode(pairs, tokenizer, cfg, PAIR)  # token lists
-        losses = micro_losses(model, pairs, tokenizer, cfg, device)
+    models, optimizers = {"model": model}, {"model": optimizer}
+    first = sft.begin(out, cfg, models, optimizers)  # 0, or where an interrupted run was
+    bar = sft.steps(first, cfg, "reward")
+    for step in bar:
+        began = time.perf_counter()
+        mine = sft.my_share(sft.batch_rows(pairs, step, cfg.batch_size, cfg.seed))
         lr = sft.cosine_lr(step, cfg.steps, cfg.lr, cfg.warmup)
-        loss = sft.update(model, optimizer, losses, lr)
-        clock.append(sft.tick(device))
-        run.log({"step": step, "loss": loss} | sft.timings(clock), "loss", pairs)
+        loss = sft.update(model, optimizer, micro_losses(model, mine, pad, cfg), lr)
+        seconds = time.perf_counter() - began
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        sft.log(out, {"step": step, "loss": loss, "seconds": seconds}, cfg)
+        sft.save_checkpoint(out, step + 1, cfg, models, optimizers)  # if it is time to
 
-    result = evaluate(model, test, tokenizer, cfg, device)
+    result = evaluate(model, test, tokenizer, cfg)
     demonstrations = sft.load_share(cfg, "rm", "response")[:512]
-    demonstrations = sft.usable_rows(demonstrations, tokenizer, cfg)
-    result["bias"] = center(model, demonstrations, tokenizer, cfg, device)
-    report(result)
+    result["bias"] = center(model, demonstrations, tokenizer, cfg)
     sft.save_models([model, tokenizer], out)
-    sft.write_result(out, cfg, result)  # run.json: from here on the folder is complete
+    # From here on the folder is complete.
+    sft.write_json(out / "run.json", {"config": asdict(cfg), "result": result})
 
 
 def load_pairs(cfg, share):
@@ -233,80 +204,78 @@ def load_pairs(cfg, share):
     return sft.load_share(cfg, share, *PAIR)
 
 
-def start_model(cfg, device):
-    """The SFT trunk under a fresh scalar head, the same on every rank, and the SFT tokenizer."""
-    torch.manual_seed(cfg.seed)
+def start_model(cfg):
+    """The SFT trunk under a fresh scalar head, and the SFT tokenizer."""
     if not Path(cfg.sft).is_dir():
         command = f"python sft.py --task {cfg.task} --out {cfg.sft}"
         sft.fail(f"--sft {cfg.sft}: no such folder; make one with {command}")
-    model = ScalarModel.load(cfg.sft, sft.load_device(cfg, device))
-    sft.broadcast_parameters(model)
-    return model, load_tokenizer(cfg.sft)
+    torch.manual_seed(cfg.seed)  # the head's
+    model = ScalarModel.load(cfg.sft)
+    tokenizer = sft.load_tokenizer(cfg.sft)
+    if len(tokenizer) > model.trunk.get_input_embeddings().num_embeddings:
+        sft.fail(f"{cfg.sft}: the tokenizer has no PAD of its own; make the folder with sft.py")
+    return model, tokenizer
 
 
 @torch.no_grad()
-def score_all(model, examples, pad, size, device):
-    """The RM's scores of encoded {prompt, response} examples, in order: a list on every rank.
-
-    The ranks share the work. A model that is split among them must be called equally often by all
-    of them. So a rank that runs out of examples scores the first one again, and forgets it.
-    """
-    mine = examples[sft.rank() :: sft.world()]
-    share = math.ceil(len(examples) / sft.world())
-    mine += examples[:1] * (share - len(mine))
+def score_all(model, examples, pad, size):
+    """The RM's scores of encoded {prompt, response} examples: a list. All ranks compute all."""
     scores = []
-    for part in sft.micro_slices(share, size):
-        prompts = [example["prompt"] for example in mine[part]]
-        responses = [example["response"] for example in mine[part]]
-        batch = sft.make_batch(prompts, responses, pad, device)
+    for part in sft.micro_slices(len(examples), size):
+        prompts = [example["prompt"] for example in examples[part]]
+        responses = [example["response"] for example in examples[part]]
+        batch = sft.make_batch(prompts, responses, pad, model.trunk.device)
         scores += last_token_scores(model, batch).tolist()
-    everyone = sft.gather([scores])  # [ranks][share]
-    return [everyone[i % sft.world()][i // sft.world()] for i in range(len(examples))]
+    return scores
 
 
-def evaluate(model, rows, tokenizer, cfg, device):
+def evaluate(model, rows, tokenizer, cfg):
     """Accuracy on held-out pairs: the share in which the preferred response scores higher.
 
     Where the task has a gold score, also against noiseless labels: the truly better response
     counts as preferred, and pairs of equal gold score are left out.
     """
     pairs = sft.encode(rows, tokenizer, cfg, PAIR)
-    margins = score_margins(model, pairs, tokenizer, cfg, device)
-    result = {"pairs": len(rows), "accuracy": sum(m > 0 for m in margins) / len(rows)}
+    chosen = [{"prompt": pair["prompt"], "response": pair["chosen"]} for pair in pairs]
+    rejected = [{"prompt": pair["prompt"], "response": pair["rejected"]} for pair in pairs]
+    pad, size = tokenizer.pad_token_id, 2 * cfg.micro_batch_size
+    scores = score_all(model, chosen + rejected, pad, size)
+    margins = [a - b for a, b in zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)]
+    right = [margin > 0 for margin in margins]
+    result = {"pairs": len(right), "accuracy": accuracy(right, "the labels as given")}
     if cfg.task == "toy":
         right = []
         for margin, row in zip(margins, rows, strict=True):
-            gold = gold_score(row["facts"], row["chosen"])
-            gold -= gold_score(row["facts"], row["rejected"])
-            if gold != 0:
-                right.append(margin * gold > 0)
-        result["accuracy_noiseless"] = sum(right) / len(right)
+            chosen, rejected = (gold_score(row["facts"], row[name]) for name in PAIR[1:])
+            if chosen != rejected:
+                right.append((margin > 0) == (chosen > rejected))
         result["pairs_noiseless"] = len(right)
+        result["accuracy_noiseless"] = accuracy(right, "noiseless labels")
     return result
 
 
-def score_margins(model, pairs, tokenizer, cfg, device):
-    """By how much each encoded pair's chosen response scores higher: a list of numbers."""
-    chosen = [{"prompt": pair["prompt"], "response": pair["chosen"]} for pair in pairs]
-    rejected = [{"prompt": pair["prompt"], "response": pair["rejected"]} for pair in pairs]
-    size, pad = 2 * cfg.micro_batch_size, tokenizer.pad_token_id
-    scores = score_all(model, chosen + rejected, pad, size, device)
-    return [a - b for a, b in zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)]
+def accuracy(right, labels):
+    """The share of pairs in which the RM is right; prints it with its 95 % interval."""
+    share, count = sum(right) / len(right), len(right)
+    low, high = wilson_interval(sum(right), count)
+    interval = f"95 % interval {low:.3f} to {high:.3f}"
+    print0(f"RM: accuracy {share:.3f} ({interval}) on {count} held-out pairs, {labels}")
+    return share
 
 
-def center(model, rows, tokenizer, cfg, device):
+def center(model, rows, tokenizer, cfg):
     """Shift the head's bias so that the demonstrations in `rows` score 0 on average.
 
     Returns the new bias.
     """
-    examples = sft.encode(rows, tokenizer, cfg)
-    size, pad = cfg.micro_batch_size, tokenizer.pad_token_id
-    scores = score_all(model, examples, pad, size, device)
-    if sft.is_sharded(model):
+    examples = sft.encode(sft.usable_rows(rows, tokenizer, cfg), tokenizer, cfg)
+    scores = score_all(model, examples, tokenizer.pad_token_id, cfg.micro_batch_size)
+    if isinstance(model, FSDPModule):
         model.reshard()  # or the change would be made to a copy that is put together, and lost
     with torch.no_grad():
         model.head.bias -= sum(scores) / len(scores)
-    return float(sft.gathered(model.head.bias.detach()))
+    bias = model.head.bias.detach()
+    return float(bias.full_tensor() if isinstance(bias, DTensor) else bias)
 
 
 def wilson_interval(wins, count):
@@ -326,25 +295,13 @@ def wilson_interval(wins, count):
     return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
 
 
-def report(result):
-    """Print the accuracies with their 95 % intervals."""
-    kinds = [("accuracy", "pairs", "the labels as given")]
-    kinds.append(("accuracy_noiseless", "pairs_noiseless", "noiseless labels"))
-    for name, pairs, labels in kinds:
-        if name in result:
-            count = result[pairs]
-            low, high = wilson_interval(round(result[name] * count), count)
-            interval = f"95 % interval {low:.3f} to {high:.3f}"
-            print0(
-                f"RM: accuracy {result[name]:.3f} ({interval}) on {count} held-out pairs, {labels}"
-            )
-
-
 # Appendix A. The toy's true quality, and its noisy judge.
 #
 # With real preferences nobody knows whether the RM is right. In the toy a gold score knows the
 # truth; two summaries of one post are compared by it, with noise, and the RM sees only the labels.
 # Later the gold score tells whether PPO has found better summaries or only what the RM likes.
+
+import random
 
 # What a sentence of a summary is worth. Coverage weighs more than correctness: comparing a value
 # with the post's takes a deeper model than the toy's, and what the RM cannot see it cannot teach.
@@ -438,99 +395,89 @@ def any_summary(rng, facts):
 #
 # For code, no model has to guess what people like: a program is run on a problem's unit tests, and
 # the share that it passes is the reward. But a policy in training writes anything, programs that
-# never end or delete files among them. So every test runs in a process of its own, in a sandbox
-# without network, files or other processes (bubblewrap), with limits on time and memory. The
-# sandbox never learns the expected outputs: it sends back what the program answered, which is
-# compared out here. No trick on the harness can earn more than a right answer does.
+# never end or delete files among them. So every test runs in a process of its own, with limits on
+# time and memory, in a sandbox without network, without our files and processes (bubblewrap). The
+# expected outputs never enter it: it sends back what a program answered, which is compared out
+# here. No trick in there can earn more than a right answer does.
+#
+# What it is not: a prison for people who mean harm. A fault of the kernel opens it, and how long
+# things take tells what else the machine does. Without bubblewrap there are limits only: programs
+# can do to files, network and processes what their user can (for root, a user without rights).
 
-FAILURES = {"compile error": -1.0, "runtime error": -0.6, "time-out": -0.6}
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from functools import cache
 
 
-def program_rewards(programs, problems, timeout=4.0) -> list[float]:
-    """The paper's reward of each program on its problem's tests; arguments as in `run_programs`.
+def program_rewards(programs, problems, timeout=4.0):
+    """The paper's reward of each program on its problem's unit tests: a list of numbers.
 
-    -1 if Python cannot compile it, -0.6 if a test ends in an error or takes too long, else from
-    -0.3 (no test passed) to 1 (all of them).
+    -1 if Python cannot compile it, -0.6 if a test ends in an error or takes longer than `timeout`
+    seconds, else from -0.3 (no test passed) to 1 (all of them). Programs may stand in a Markdown
+    fence. Problems hold {input_output: {fn_name, inputs, outputs}} in APPS' form, or its JSON text.
 
-    What is right is what APPS' own harness accepts, except for slips that a policy would learn to
-    use. Stricter on purpose: a program that prints the answer and then crashes, or exits with a
-    status other than 0, has failed. Of several expected results the first alone is not enough.
-    Lines, and words of a line, may come in another order, but each as often as expected (or else
-    "YES NO" would pass wherever both occur). Whole numbers are equal or not (APPS' tolerance takes
-    100001 for 100000). And there is no numpy.
+    Right is what APPS' own harness accepts, save slips that a policy would learn to use: a program
+    that prints the answer and then crashes has failed; words may come in another order, but each as
+    often as expected; whole numbers are equal or not (APPS' tolerance takes 100001 for 100000).
     """
-    rewards = []
-    for status, passed, total in run_programs(programs, problems, timeout):
-        rewards.append(FAILURES.get(status, -0.3 + 1.3 * passed / total))
+    pairs = list(zip(programs, problems, strict=True))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    count = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # shared among ranks
+    with ThreadPoolExecutor(count) as threads:
+        shares = [threads.submit(judge, pairs[i::count], timeout) for i in range(count)]
+    rewards = [0.0] * len(pairs)
+    for i, share in enumerate(shares):
+        rewards[i::count] = share.result()
     return rewards
 
 
-def run_programs(programs, problems, timeout=4.0) -> list[tuple[str, int, int]]:
-    """Per program (status, tests passed, tests); a right one has status "ran" and passed all tests.
+def judge(pairs, timeout):
+    """The rewards of (program, problem) pairs, one after the other."""
+    jobs, outputs = [], []  # of all their tests
+    for number, (program, problem) in enumerate(pairs):
+        tests = problem["input_output"]
+        tests = json.loads(tests) if isinstance(tests, str) else tests
+        job = {"number": number, "program": program, "function": tests.get("fn_name")}
+        for given, expected in zip(tests["inputs"], tests["outputs"], strict=True):
+            jobs.append(job | {"input": given})
+            outputs.append(expected)
+    results = [[] for _ in pairs]  # of each test, whether it is passed, or what a failure earns
+    for job, (failure, answer), expected in zip(jobs, run(jobs, timeout), outputs, strict=True):
+        same = same_result if job["function"] else same_output
+        results[job["number"]].append(failure or same(answer, expected))
+    return [min(0.0, *tests) or -0.3 + 1.3 * sum(tests) / len(tests) for tests in results]
 
-    programs: sources, also in a Markdown fence.  problems: of each, {input_output: as in
-    `sft.check_tests`}.  timeout: seconds a test.  Status is ran, compile error, runtime error or
-    time-out; the first test to end in one of the last three is a program's last.
+
+def run(jobs, timeout):
+    """Run jobs {number of the program, program, function, input}  -> [(failure, answer)].
+
+    failure: 0, or what a program earns that fails; its other tests are not run any more.
     """
-    tests = [unit_tests(problem) for problem in problems]
-    idle, threads = server_pool(os.getpid())
-
-    def judge(program, tests):
-        """Run one program on its tests, in a server that is idle."""
-        passed = 0
-        server = idle.get()
-        try:
-            for test, expected in tests:
-                reply = server.run(test | {"program": program, "timeout": timeout})
-                if reply["status"] != "ran":
-                    break
-                same = same_result if test["function"] else same_output
-                passed += same(reply["answer"], expected)
-        finally:
-            idle.put(server)
-        return reply["status"], passed, len(tests)
-
-    jobs = list(zip(programs, tests, strict=True))
-    return list(threads.map(lambda job: judge(*job), jobs))
-
-
-@functools.cache
-def server_pool(process):
-    """The servers of this process (its id), and a thread each: one a core, shared among ranks."""
-    cores = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        cores = len(os.sched_getaffinity(0))
-    count = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    idle = queue.SimpleQueue()
-    for _ in range(count):
-        idle.put(Server())
-    return idle, ThreadPoolExecutor(count)
-
-
-def unit_tests(problem):
-    """A problem's tests: [({function, or None for a script; input}, expected output)]."""
-    tests = problem["input_output"]
-    # By way of JSON, as answers come: a tuple is a list there, and all keys are text.
-    tests = sft.check_tests(tests if isinstance(tests, str) else json.dumps(tests))
-    function = tests.get("fn_name") or None
-    pairs = []
-    for given, expected in zip(tests["inputs"], tests["outputs"], strict=True):
-        if not function:  # APPS gives some texts as lists of lines
-            given = given if isinstance(given, str) else "\n".join(given)
-            expected = expected if isinstance(expected, str) else "\n".join(expected)
-        pairs.append(({"function": function, "input": given}, expected))
-    return pairs
+    replies = []
+    command = [*(sandbox() or [PYTHON]), "-PsSX", "utf8", "-c", RUNNER, str(timeout)]
+    options = {"env": ENVIRONMENT, "stdout": subprocess.PIPE, "text": True}
+    while len(replies) < len(jobs):
+        left = "".join(json.dumps(job) + "\n" for job in jobs[len(replies) :])
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            done = subprocess.run(command, input=left, cwd=folder, **options)
+        _, *lines = done.stdout.splitlines()  # "ready", or else Python did not start: ValueError
+        # Without a line, the first program has killed the runner.
+        replies += map(json.loads, lines or ['[-0.6, ""]'])
+    return replies
 
 
 def same_result(answer, expected):
     """Whether a function's result, as JSON, is as expected; APPS puts some of those into a list."""
-
-    def whole(digits):  # reading a million digits takes minutes: long numbers stay text
-        return int(digits) if len(digits) < 4300 else ("whole", digits)
-
     try:
-        result = json.loads(answer, parse_int=whole)
-        expected = json.loads(json.dumps(expected), parse_int=whole)
+        result = json.loads(answer, parse_int=Decimal)  # to read a long int would take minutes
+        expected = json.loads(json.dumps(expected))  # tuples become lists, and all keys text
         return result == expected or [result] == expected
     except (ValueError, RecursionError):  # not plain data, or nested too deeply
         return False
@@ -538,19 +485,21 @@ def same_result(answer, expected):
 
 def same_output(printed, expected):
     """Whether a script printed the expected words, in any order, or nearly the same numbers."""
-    printed = [line.split() for line in printed.splitlines() if line.strip()]
-    expected = [line.split() for line in expected.splitlines() if line.strip()]
-    if sum(map(len, printed)) != sum(map(len, expected)):
-        return False
+    printed, expected = lines_of(printed), lines_of(expected)
     if sorted(map(sorted, printed)) == sorted(map(sorted, expected)):
         return True
     if list(map(len, printed)) != list(map(len, expected)):
         return False
-    pairs = zip(itertools.chain(*printed), itertools.chain(*expected), strict=True)
     try:
-        return all(same_number(word, wanted) for word, wanted in pairs)
+        return all(all(map(same_number, *pair)) for pair in zip(printed, expected, strict=True))
     except (ValueError, ArithmeticError):  # a word that is no number
         return False
+
+
+def lines_of(text):
+    """The words of each line, without empty lines. APPS gives a text as lines now and then."""
+    lines = text.splitlines() if isinstance(text, str) else "\n".join(text).splitlines()
+    return [line.split() for line in lines if line.strip()]
 
 
 def same_number(word, wanted):
@@ -561,132 +510,51 @@ def same_number(word, wanted):
     return round(x, 3) == round(y, 3) or math.isclose(x, y, rel_tol=1e-5, abs_tol=1e-8)
 
 
-def check_sandbox(task, trust=False):
-    """Stop where a pretrained model's programs would run without a sandbox, and without `trust`.
-
-    A model of the task toy-code, which has seen nothing but that, gets limits only, and a warning.
-    """
-    if task != "apps" or trust or sandbox():
-        return
-    sft.fail(
-        f"--task {task} runs what a model wrote, and its sandbox, bubblewrap, is missing or may "
-        "not make namespaces: apt install bubblewrap, or risk your files with --trust_programs"
-    )
-
-
 PYTHON = os.path.realpath(sys._base_executable)  # not a virtual environment's: no packages
 # All that programs see of our environment; with this seed, sets have the same order in every run.
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "LD_LIBRARY_PATH": f"/python/lib:{sys.base_prefix}/lib"}
 
 
-@functools.cache
+@cache
 def sandbox():
-    """The command that runs another in bubblewrap; empty where that does not work.
+    """The command that runs Python in bubblewrap; empty, with a warning, where that does not work.
 
-    All that is inside: Python (at /python), the system's libraries, and 64 MB of /tmp to write to.
+    All that is inside: Python, the system's libraries, and 64 MB of /tmp. Python is the first
+    process in there (--as-pid-1): no other can kill or stop it, and when it ends, all others end.
     """
-    base = shlex.quote(sys.base_prefix)
-    command = f"""
-        --die-with-parent --new-session
+    python, base = shlex.quote(PYTHON), shlex.quote(sys.base_prefix)
+    # Limits do not bind root: then the runner must be able to become somebody else.
+    user = "--unshare-user" if os.geteuid() else "--cap-add CAP_SETUID --cap-add CAP_SETGID"
+    command = shlex.split(f"""
+        {shutil.which("bwrap")} --die-with-parent --new-session --as-pid-1 {user}
         --unshare-pid --unshare-net --unshare-ipc --unshare-uts
-        --dir /python --dir /python/bin --ro-bind {shlex.quote(PYTHON)} /python/bin/python
+        --dir /python --dir /python/bin --ro-bind {python} /python/bin/python
         --ro-bind-try {base}/lib /python/lib --ro-bind-try {base}/lib64 /python/lib64
         --dir /usr --ro-bind-try /usr/lib /usr/lib --ro-bind-try /usr/lib64 /usr/lib64
         --ro-bind-try /lib /lib --ro-bind-try /lib64 /lib64 --ro-bind-try /nix /nix
         --proc /proc --dev /dev --remount-ro /dev
-        --perms 1777 --size {1 << 26} --tmpfs /tmp --chdir /tmp --remount-ro /
-    """
-    if os.geteuid() == 0:  # no limit holds for root: the server becomes somebody else
-        command += "--cap-add CAP_SETUID --cap-add CAP_SETGID"
-    else:
-        command += "--unshare-user"
-    bwrap = shutil.which("bwrap")
-    if not bwrap:
+        --size {1 << 26} --tmpfs /tmp --chdir /tmp --remount-ro / /python/bin/python
+    """)
+    try:
+        subprocess.run([*command, "-c", ""], env=ENVIRONMENT, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # not installed, or not allowed
+        print("programs run under limits only: apt install bubblewrap", file=sys.stderr)
         return []
-    command = [bwrap, *shlex.split(command)]
-    test = [*command, "/python/bin/python", "-c", ""]
-    done = subprocess.run(test, env=ENVIRONMENT, capture_output=True)
-    return command if done.returncode == 0 else []
+    return command
 
 
-class Server:
-    """A Python in the sandbox that runs one test at a time; it forks, faster than a new start."""
-
-    patience = 10  # seconds beyond a test's time-out after which the server itself must hang
-
-    def __init__(self):
-        self.process = None  # started by the first test
-        self.owner = os.getpid()
-        atexit.register(self.stop)
-
-    def run(self, test):
-        """Run one test -> {status, answer (text)}; a runtime error if the server ends or hangs."""
-        if self.process is None or self.process.poll() is not None:
-            self.start()
-        watchdog = threading.Timer(test["timeout"] + self.patience, self.process.kill)
-        watchdog.start()
-        try:
-            print(json.dumps(test), file=self.process.stdin, flush=True)
-            reply = json.loads(self.process.stdout.readline())
-        except (OSError, ValueError):
-            reply = {"status": "runtime error", "answer": "", "spent": True}
-        watchdog.cancel()
-        if reply["spent"]:
-            self.stop()
-        return reply
-
-    def start(self):
-        """Start the process: in bubblewrap, or in a folder of its own under limits only."""
-        self.stop()
-        user = -1  # stay who we are
-        if os.geteuid() == 0:
-            user = 0x70000000 + secrets.randbelow(1 << 27)  # nobody else has this id
-        self.folder = None
-        environment = dict(ENVIRONMENT)
-        command = [*sandbox(), "/python/bin/python"]
-        if not sandbox():
-            say_once("programs run under limits only, in no sandbox: apt install bubblewrap")
-            command = [PYTHON]
-            self.folder = tempfile.mkdtemp()
-            environment["TMPDIR"] = self.folder
-            os.chmod(self.folder, 0o777 if user >= 0 else 0o700)  # it is `user` who writes to it
-        command += ["-P", "-s", "-S", "-X", "utf8", "-c", SERVER]
-        self.process = subprocess.Popen(
-            [*command, str(user), "sandbox" if sandbox() else ""],
-            cwd=self.folder,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        if not self.process.stdout.readline():
-            raise RuntimeError(f"{PYTHON} started no server for programs; why stands above")
-
-    def stop(self):
-        """Kill the process, which ends all in its sandbox, and delete its folder."""
-        if self.process is None or self.owner != os.getpid():  # a fork of ours has no say
-            return
-        self.process.kill()
-        self.process.communicate()  # wait, and close the pipes
-        self.process = None
-        if self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
+def check_sandbox(task, trust=False):
+    """Stop where a pretrained model's programs would run without a sandbox, and without `trust`."""
+    if task == "apps" and not trust and not sandbox():
+        sft.fail("--task apps runs what a model wrote: apt install bubblewrap, or --trust_programs")
 
 
-@functools.cache
-def say_once(text):
-    """Print a warning, the first time."""
-    print(text, file=sys.stderr)
-
-
-# The server is a program of its own, and a text: to import this file, with PyTorch, takes seconds.
-SERVER = r'''
-import atexit, builtins, contextlib, ctypes, decimal, fractions, gc, json, os, random, re, resource
-import select, sys, tempfile, textwrap, threading, time, types
-# Programs like these, which are imported once, here, and not by every test.
-import __future__, abc, array, cmath, concurrent.futures.thread, contextlib, dataclasses, enum, io
-import numbers, pickle, pprint, signal, statistics, traceback
+# The runner is a program of its own, and a text: to import this file, with PyTorch, takes seconds.
+# It forks a process for each test, which is faster than to start a Python.
+RUNNER = r'''
+import atexit, builtins, ctypes, decimal, fractions, gc, glob, json, os, random, re, resource
+import signal, sys, tempfile, textwrap, types
+from contextlib import suppress
 
 # What APPS' harness imports for programs, so that they take it for granted, and a little more.
 PRELUDE = """
@@ -697,165 +565,96 @@ from bisect import *; from collections import *; from functools import *
 from heapq import *; from itertools import *; from typing import *
 stdin, stdout = sys.stdin, sys.stdout
 """
+names = {}
+exec(PRELUDE, names)
+
+alone = os.getpid() == 1  # whether all processes that it may kill are programs': in a sandbox,
+if os.geteuid() == 0:  # or as a user whom nobody else is
+    if not alone:  # and who cannot import from root's home: what programs like is imported now
+        import __future__, array, cmath, concurrent.futures.thread, dataclasses, pickle, statistics
+    os.chmod(".", 0o777)
+    with suppress(OSError):  # some containers have few users
+        user = random.randrange(0x70000000, 0x78000000)
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
+        alone = True
+timeout = float(sys.argv[1])  # seconds
 LIMITS = {
     "AS": 1 << 30,  # bytes of memory, of each process
-    "FSIZE": 1 << 24,  # bytes of a file
+    "FSIZE": 1 << 23,  # bytes of a file, and so of an answer
     "NOFILE": 64,  # open files
-    "NPROC": 16,  # processes and threads, all together
-    "MSGQUEUE": 0,
+    "NPROC": 16 if alone else 4096,  # processes and threads, the same user's others too
+    "CPU": int(timeout) + 2,  # seconds
     "CORE": 0,
 }
-LONGEST = 1 << 23  # bytes of an answer
 COMPILE_ERROR = 200  # the exit status that says so
 NUMBERS = {decimal.Decimal: float, fractions.Fraction: float}  # how JSON can have them
+# prctl(4, ...) says whether processes of the same user may look into this one. Linux alone has it.
+prctl = getattr(ctypes.CDLL(None), "prctl", lambda *_: None)
 
-
-USER = int(sys.argv[1])  # whom to become, or -1
-SANDBOX = sys.argv[2] == "sandbox"
-
-
-def serve():
-    """Run tests, each a line of JSON, until there are no more."""
-    jobs = os.fdopen(os.dup(0))
-    replies = os.fdopen(os.dup(1), "w")
-    names = {}
-    exec(PRELUDE, names)
-    builtins.exit = builtins.quit = sys.exit
-    sys.set_int_max_str_digits(0)  # as in the Python of APPS' days
-    alone = SANDBOX  # whether all processes that we may kill are the program's
-    if USER >= 0:
-        with contextlib.suppress(OSError):  # some containers have few users
-            os.setgroups([])
-            os.setgid(USER)
-            os.setuid(USER)
-            alone = True
-    if not alone:  # others' processes count too: allow for all that there are
-        with contextlib.suppress(OSError):
-            LIMITS["NPROC"] += int(open("/proc/loadavg").read().split()[3].split("/")[1])
-    set_dumpable(0)  # programs cannot look into the server
-    gc.freeze()  # forks share its memory
-    clean = traces()
-    print("ready", file=replies, flush=True)
-    for line in jobs:
-        reply = run_test(json.loads(line), names, alone)
-        # Nothing is cleaned: where a program has left something, the next one gets a new server.
-        reply["spent"] = traces() != clean
-        print(json.dumps(reply), file=replies, flush=True)
-
-
-def traces():
-    """What programs can leave behind: files, a changed folder, System V's shared memory."""
-    found = []
-    with contextlib.suppress(OSError):
-        about = os.stat(".")
-        found += [os.listdir("."), about.st_mode, about.st_nlink]
-        for kind in ("shm", "msg", "sem") if SANDBOX else ():
-            with open("/proc/sysvipc/" + kind) as table:
-                found.append(table.read())
-    return found
-
-
-def run_test(test, names, alone):
-    """Run a program on one input in a process of its own, and end all that it has started."""
-    given = tempfile.TemporaryFile(dir=".")
-    if not test["function"]:
-        given.write(test["input"].encode(errors="replace"))
+def run(job):
+    """Run a program on one input, in a process of its own -> (failure, answer)."""
+    given, answer = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    if not job["function"]:
+        text = job["input"] if isinstance(job["input"], str) else "\n".join(job["input"])
+        given.write(text.encode(errors="replace"))
         given.seek(0)
-    pipe, answer = os.pipe()
-    deadline = time.monotonic() + test["timeout"]
     child = os.fork()
     if child == 0:
-        os.setpgid(0, 0)
-        run_program(test, names, given.fileno(), answer)
-    with contextlib.suppress(OSError):  # here as well, as either may be first
-        os.setpgid(child, child)
-    os.close(answer)
-    given.close()
-    said, code = follow(child, pipe, deadline)
-    os.close(pipe)
-    if code is None:
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-    end_others(child, alone)
-    status = "ran"
-    if code == COMPILE_ERROR:
-        status = "compile error"
-    elif code is None and len(said) <= LONGEST:
-        status = "time-out"
-    elif code != 0 or (test["function"] and not said):  # os._exit(0) before there is a result
-        status = "runtime error"
-    return {"status": status, "answer": said.decode(errors="replace")}
+        live(job, given, answer)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.setitimer(signal.ITIMER_REAL, timeout)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    with suppress(OSError):  # what it has started must end too; -1: all but this process
+        os.kill(-1 if alone else -child, signal.SIGKILL)
+    with suppress(ChildProcessError):
+        while True:
+            os.wait()
+    answer.seek(0)
+    text = answer.read().decode(errors="replace")
+    if job["function"] and not text:  # it ended before there was a result
+        code = code or 1
+    return {0: 0.0, COMPILE_ERROR: -1.0}.get(code, -0.6), text
 
-
-def follow(child, pipe, deadline):
-    """What a process says, and its exit status: None if it is late, or says too much."""
-    said = b""
-    code = None
-    while len(said) <= LONGEST and time.monotonic() < deadline:
-        patience = 0.01 if code is None else 0
-        ready = select.select([pipe], [], [], patience)[0]
-        chunk = os.read(pipe, 1 << 16) if ready else b""
-        said += chunk
-        if chunk:
-            continue
-        # The pipe is closed, or silent: but a process may go on after it has closed its output, and
-        # what it has started may keep the pipe open after its end.
-        if code is not None:
-            break
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            code = os.waitstatus_to_exitcode(status)
-        elif ready:
-            time.sleep(0.0002)
-    return said, code
-
-
-def end_others(child, alone):
-    """Kill what a program has started, and wait for its end: the limit on processes counts it."""
-    with contextlib.suppress(OSError):  # nobody is left
-        if not alone:
-            os.killpg(child, 9)
-        while alone:
-            os.kill(-1, 9)  # all but this process
-            if not SANDBOX:  # here it never says that nobody is left
-                break
-            time.sleep(0.0002)
-
-
-def run_program(test, names, given, answer):
-    """The life of a program's process: its files, limits, run and answer. It never returns."""
-    function = test["function"]
+def live(job, given, answer):
+    """The life of a program's process. It never returns."""
+    os.setpgid(0, 0)
+    function = job["function"]
     null = os.open(os.devnull, os.O_RDWR)
-    for target, source in enumerate([given, null if function else answer, null, answer]):
-        os.dup2(source, target)
-    os.closerange(4 if function else 3, 256)  # 3 is for a function's result
-    LIMITS["CPU"] = int(test["timeout"]) + 2  # seconds
+    os.dup2(given.fileno(), 0)
+    os.dup2(null if function else answer.fileno(), 1)
+    os.dup2(null, 2)
+    jobs.close()
+    replies.close()
     for name, limit in LIMITS.items():
-        with contextlib.suppress(AttributeError, ValueError, OSError):  # unknown to macOS
+        with suppress(ValueError, OSError):  # macOS has not all of them
             resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
-    set_dumpable(1)  # or the program could not open /dev/stdin
+    prctl(4, 1)  # or the program could not open /dev/stdin
     random.seed(0)  # so that programs are reproducible
     module = types.ModuleType("program" if function else "__main__")
     vars(module).update(names)
     sys.modules[module.__name__] = module
     try:
-        code = compile_program(test["program"])
+        code = compiled(job["program"])
     except BaseException:
         os._exit(COMPILE_ERROR)
+    if not function:
+        exec(code, vars(module))
+        sys.exit()  # as after any script: Python waits for threads, and writes out what is left
     try:
         exec(code, vars(module))
-        if function:
-            write_result(call(vars(module), function, test["input"]))
-    except BaseException as end:
-        if function or not isinstance(end, SystemExit) or end.code not in (None, 0):
-            os._exit(1)
-    del module
-    if not function:
-        finish()
+        result, text = call(module, function, job["input"]), "no plain data"
+        with suppress(Exception):  # a set, an object; circular, or nested too deeply
+            text = json.dumps(result, default=lambda x: NUMBERS[type(x)](x))
+        answer.write(text.encode())
+        answer.flush()
+    except BaseException:
+        os._exit(1)
     os._exit(0)
 
-
-def compile_program(text):
+def compiled(text):
     """The code of a program or, where the text is no Python, of Markdown's first block in it."""
     try:
         return compile(text, "program", "exec", dont_inherit=True)
@@ -863,52 +662,38 @@ def compile_program(text):
         block = re.search(r"^ *```[^\n]*\n(.*?)(^ *```|\Z)", text, re.MULTILINE | re.DOTALL)
         return compile(textwrap.dedent(block[1]), "program", "exec", dont_inherit=True)
 
-
-def call(names, function, arguments):
+def call(scope, function, arguments):
     """The result of a program's function, or of a method of its class Solution (LeetCode's way)."""
     # JSON has made the keys of dicts text: as in APPS, those of the first argument are ints again.
     if arguments and isinstance(arguments[0], dict):
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             arguments[0] = {int(key): value for key, value in arguments[0].items()}
-    solution = names.get("Solution")
-    if hasattr(solution, function):
-        return getattr(solution(), function)(*arguments)
-    return names[function](*arguments)
+    if hasattr(getattr(scope, "Solution", None), function):
+        scope = scope.Solution()
+    return getattr(scope, function)(*arguments)
 
+def traces():
+    """What programs can leave behind: files, and System V's shared memory."""
+    tables = glob.glob("/proc/sysvipc/*") if alone else []
+    return os.listdir("."), [open(table).read() for table in tables]
 
-def write_result(value):
-    """Write a result as JSON to file 3."""
-    try:
-        text = json.dumps(value, default=lambda x: NUMBERS[type(x)](x))
-    except Exception:  # a set, a generator, an object; circular, or nested too deeply
-        text = "no plain data"
-    with open(3, "wb") as file:
-        file.write(text.encode())
-
-
-def finish():
-    """A script's end as in Python, save taking that apart, which takes longer than all else."""
-
-    def flush():
-        sys.stdout.flush()  # whatever that is by then
-
-    for step in (threading._shutdown, atexit._run_exitfuncs, flush, gc.collect):
-        with contextlib.suppress(Exception):
-            step()
-    sys.stdin, sys.stdout = sys.__stdin__, sys.__stdout__
-    sys.modules.pop("__main__", None)
-    gc.collect()  # writes out the files that the script has forgotten
-    with contextlib.suppress(Exception):
-        flush()
-
-
-def set_dumpable(flag):
-    """Whether processes of the same user may look into this one (4 is PR_SET_DUMPABLE)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(4, flag, 0, 0, 0)
-
-
-serve()
+prctl(4, 0)
+os.environ["TMPDIR"] = os.getcwd()
+jobs, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+builtins.exit = builtins.quit = sys.exit
+atexit.register(sys.stdout.flush)  # even where a program has another sys.stdout by then
+sys.set_int_max_str_digits(0)  # as in the Python of APPS' days
+gc.freeze()  # forks share its memory
+clean, number, failure = traces(), None, 0.0
+print("ready", file=replies, flush=True)
+for line in jobs:
+    job = json.loads(line)
+    if job["number"] != number or not failure:  # the first test that fails is a program's last
+        number = job["number"]
+        failure, answer = run(job)
+    print(json.dumps([failure, answer]), file=replies, flush=True)
+    if traces() != clean:
+        break  # nothing is cleaned: what comes next gets another sandbox
 '''
 
 
@@ -916,6 +701,8 @@ serve()
 #
 # Nearly all of them are AutoModelForSequenceClassification with one label: the same trunk and head
 # as ours under other names, and read at the last token too.
+
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 
 def is_classifier(folder):
@@ -936,16 +723,6 @@ def from_classifier(folder):
     return model
 
 
-def load_tokenizer(folder):
-    """The tokenizer that sft.py saved with the model, which has a PAD token that is not EOS."""
-    tokenizer = sft.load_or_fail(AutoTokenizer.from_pretrained, folder)
-    pad = tokenizer.pad_token_id
-    sft.conventions(tokenizer)
-    if tokenizer.pad_token_id != pad:  # it had none of its own, and was given one just now
-        sft.fail(f"{folder}: the tokenizer has no PAD of its own; make the folder with sft.py")
-    return tokenizer
-
-
 def check_vocabulary(model, folder, tokenizer):
     """Refuse an RM that reads other ids than the policy writes; PAD alone may be new to it.
 
@@ -960,4 +737,4 @@ def check_vocabulary(model, folder, tokenizer):
 
 
 if __name__ == "__main__":
-    record(main)()  # so that torchrun can show the error of a rank that failed
+    main()

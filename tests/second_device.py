@@ -18,6 +18,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 _setup_privateuseone_for_python_backend(rename="gpu")
 torch.gpu.get_amp_supported_dtype = lambda: [torch.bfloat16]  # asked for by autocast
+torch.gpu.is_available = lambda: False  # or checkpoints of CPU tensors would be sent through it
 aten = torch.ops.aten
 GPU = torch.device("gpu", 0)
 COPIES = {aten._to_copy.default, aten.copy_.default}  # the only ones that may go across

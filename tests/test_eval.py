@@ -1,59 +1,32 @@
-"""Chapter 5: steps to parity and the closing table."""
+"""Chapter 5: measures, intervals, verdicts, judges, and commands on runs that the tests write."""
 
 import json
+import math
+import os
+import random
 import re
-from itertools import accumulate, product
+import sys
+from contextlib import nullcontext
+from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import torch
+from torch.distributed.run import get_args_parser
 
 import eval as chapter5
-from eval import (
-    Difference,
-    paired_difference,
-    parity,
-    sign_flip_p,
-    smooth,
-    t_quantile,
-    verdict,
-)
+import ma_ppo
+import sft
+from eval import correlation, moments, parity, smooth, verdict, winner
+from reward import wilson_interval
+
+# Measures and intervals
 
 
-def rows_of(rm, gold=None, **more):
-    """metrics.jsonl rows with the given scores."""
-    rows = [{"step": i, "rm_score": x, "gold_score": gold and gold[i]} for i, x in enumerate(rm)]
-    spread = {"gold_score_std": 2.0 if gold else None, "rm_score_std": 1.0}
-    return [
-        row | spread | {"kl": i, "response_length": 70, "eos_rate": 1, "seconds": 2} | more
-        for i, row in enumerate(rows)
-    ]
-
-
-def write_run(folder, rows):
-    folder.mkdir()
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(folder)
-
-
-def closing_table(runs, tmp_path, capsys):
-    """The closing table of runs {name: rows}, as `curves` prints it."""
-    folders = [write_run(tmp_path / name, rows) for name, rows in runs.items()]
-    chapter5.main(["curves", "--run", *folders])
-    return capsys.readouterr().out.splitlines()
-
-
-def test_smoothing_is_the_mean_of_the_last_five_steps_and_of_fewer_at_the_start():
+def test_smoothing_is_the_mean_of_the_last_five_steps_and_never_looks_ahead():
     assert smooth([10, 0, 2, 4, 4, 0, 5]) == [10, 5, 4, 4, 4, 2, 3]
-    totals = [0, *accumulate(range(50))]
-    for i, value in enumerate(smooth(list(range(50)))):
-        low = max(0, i - 4)
-        assert value == (totals[i + 1] - totals[low]) / (i + 1 - low)
-
-
-def test_smoothing_never_looks_ahead():
     assert smooth([1, 2, 3, 4, 5, 6])[:4] == smooth([1, 2, 3, 4, 99, -99])[:4]
 
 
@@ -61,467 +34,314 @@ def test_parity_worked_by_hand():
     # Five steps at 0, then ten at 10: smoothed 0 0 0 0 0 2 4 6 8 10: half at 7, nine tenths at 9.
     slow = [0] * 5 + [10] * 10
     fast = [0] * 2 + [10] * 13  # smoothed 0 0 10/3 5 6 8 10 ...: half at step 3, nine tenths at 6
-    assert parity(slow, slow, 0.5) == 1
-    assert parity(slow, fast, 0.5) == 3 / 7
+    assert (parity(slow, slow, 0.5), parity(slow, fast, 0.5)) == (1, 3 / 7)
     assert parity(slow, fast, 0.9) == 6 / 9
-
-
-def test_parity_is_none_without_a_gain_or_when_the_target_is_never_reached():
+    lucky = [*slow[:-1], 30]  # one batch at the end does not move the target out of reach
+    assert parity(lucky, lucky, 0.5) == 1
+    # None without a gain, or when the target is never reached.
     rising, falling, flat = list(range(20)), list(range(20, 0, -1)), [3] * 20
-    assert parity(falling, rising, 0.5) is None
-    assert parity(flat, rising, 0.5) is None
+    assert parity(falling, rising, 0.5) is parity(flat, rising, 0.5) is None
     assert parity(rising, flat, 0.9) is None
-    assert (
-        parity(rising, flat, 0.1) is not None
-    )  # 3 is above a tenth of the gain: reached at step 0
-    assert parity(rising, flat, 0.1) == 0
+    assert parity(rising, flat, 0.1) == 0  # 3 is above a tenth of the gain
 
 
-def cells_of(line):
-    return [cell.strip() for cell in line.strip("|").split("|")]
+def test_t_quantiles_hold_95_percent_and_make_the_interval_of_paired_differences():
+    for freedom, t in enumerate(chapter5.T_95, start=1):
+        x = np.linspace(-t, t, 100_001)
+        halves = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2)
+        scale = halves / math.sqrt(freedom * math.pi)
+        density = scale * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+        assert np.trapezoid(density, x) == pytest.approx(0.95, abs=1e-4)
+    # Mean .22, s.d. .1033, and 2.262 x .1033 / sqrt(10) = .0739.
+    found = chapter5.paired_difference([0.1] * 4 + [0.3] * 6)
+    assert found == pytest.approx((0.22, 0.22 - 0.0739, 0.22 + 0.0739), abs=1e-4)
+    mean, low, _ = chapter5.paired_difference(list(range(30)))  # beyond the table: its last entry
+    assert mean - low == pytest.approx(2.086 * math.sqrt(77.5 / 30))
 
 
-def test_the_closing_table_can_be_recomputed_from_the_metrics(tmp_path, capsys):
-    base_rm, base_gold = [0.1 * i for i in range(30)], [1 + 0.05 * i for i in range(30)]
-    fast_rm, fast_gold = [0.2 * i for i in range(30)], [1 + 0.04 * i for i in range(30)]
-    fast = rows_of(fast_rm, fast_gold, seconds=3, eos_rate=0.5)
-    runs = {"token": rows_of(base_rm, base_gold), "fixed": fast}
-    header, rule, *lines = closing_table(runs, tmp_path, capsys)
-    assert len({len(cells_of(line)) for line in (header, rule, *lines)}) == 1
-    for line, name, rm, gold, eos, seconds in zip(
-        lines,
-        ("token", "fixed"),
-        (base_rm, fast_rm),
-        (base_gold, fast_gold),
-        (1, 0.5),
-        (2, 3),
-        strict=True,
-    ):
-        last = [sum(x[-5:]) / 5 for x in (rm, gold)]
-        gain = (last[1] - gold[0]) / 2.0  # in standard deviations of the first step's samples
-        parities = []
-        for base, mine in ((base_rm, rm), (base_gold, gold)):
-            for share in (0.5, 0.9):
-                target = base[0] + share * (sum(base[-5:]) / 5 - base[0])
-                reached = [
-                    next(
-                        (
-                            i
-                            for i in range(30)
-                            if sum(x[max(0, i - 4) : i + 1]) / min(5, i + 1) >= target
-                        ),
-                        None,
-                    )
-                    for x in (base, mine)
-                ]
-                parities.append("–" if reached[1] is None else f"{reached[1] / reached[0]:.2f}")
-        numbers = [f"{x:.2f}" for x in (*last, gain, 27, eos)]
-        assert cells_of(line) == [name, *numbers, *parities, f"{seconds:.2f}"]
-    assert cells_of(lines[0])[6:10] == ["1.00"] * 4
-    assert cells_of(lines[1])[9] == "–"  # the slower gold score never gets there
+def test_a_verdict_needs_the_whole_interval():
+    assert verdict(0.1, 0.9, margin=0.2) == verdict(-0.9, -0.1, margin=0.2) == "different"
+    assert verdict(-0.1, 0.19, margin=0.2) == "equivalent"
+    assert verdict(0.01, 0.19, margin=0.2) == "equivalent, though different"
+    assert verdict(-0.1, 0.21, margin=0.2) == verdict(-0.9, 0.1, margin=0.2) == "cannot tell"
 
 
-def test_a_task_without_a_gold_score_leaves_those_cells_open(tmp_path, capsys):
-    *_, line = closing_table({"token": rows_of([0, 1, 2, 3, 4, 5, 6, 7])}, tmp_path, capsys)
-    cells = cells_of(line)
-    assert (cells[2], cells[3], cells[8], cells[9]) == ("–",) * 4
-    assert cells[6] == "1.00"
+@pytest.mark.parametrize(("wins", "count"), [(0, 10), (5, 10), (10, 10), (1, 20), (700, 2000)])
+def test_wilsons_edges_are_the_shares_from_which_the_wins_are_two_deviations_away(wins, count):
+    low, high = wilson_interval(wins, count)
+    for p in (low, high):
+        if 1e-9 < p < 1 - 1e-9:
+            deviations = (wins / count - p) / math.sqrt(p * (1 - p) / count)
+            assert abs(deviations) == pytest.approx(1.959964)
+    assert chapter5.share_cell(wins, count) == f"{wins / count:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def test_the_table_of_a_run_of_one_step_has_no_parity(tmp_path, capsys):
-    *_, line = closing_table({"token": rows_of([0.5], [1.0])}, tmp_path, capsys)
-    assert cells_of(line)[6:10] == ["–"] * 4
+@pytest.mark.parametrize("n", range(1, 7))
+def test_best_of_n_and_pass_at_n_are_means_over_all_subsets(n):
+    rng = random.Random(0)
+    rows = [{"rm_score": rng.randint(0, 3), "gold_score": rng.random()} for _ in range(6)]
+    picks = []
+    for subset in combinations(range(6), n):
+        best = max(subset, key=lambda i: (rows[i]["rm_score"], i))  # ties to the later sample
+        picks.append(rows[best]["gold_score"])
+    assert chapter5.best_of_n(rows, "gold_score", n) == pytest.approx(np.mean(picks))
+    for passed in range(7):
+        subsets = combinations([True] * passed + [False] * (6 - passed), n)
+        assert chapter5.pass_at_k(6, passed, n) == pytest.approx(np.mean(list(map(any, subsets))))
 
 
-def test_a_gold_gain_without_spread_is_left_open(tmp_path, capsys):
-    *_, line = closing_table(
-        {"token": rows_of([0, 1, 2], [1, 2, 3], gold_score_std=0.0)}, tmp_path, capsys
-    )
-    assert cells_of(line)[3] == "–"
+def test_distinct_trigrams_worked_by_hand():
+    assert chapter5.distinct("a b c a b c") == 3 / 4  # abc bca cab abc
+    assert chapter5.distinct("so it") is None
 
 
-def one_error_line(capsys, *argv):
+# Credit: a coin is tossed for each of four tokens, and a response is worth its number of heads.
+
+HEAD, TAIL = 1, 2
+
+
+def toss(model, prompts, uniforms, tokenizer, cfg):
+    """In the place of `ma_ppo.generate`."""
+    return [[HEAD if u < 0.5 else TAIL for u in row] for row in uniforms.tolist()]
+
+
+def heads(rollout, models, examples, tokenizer, cfg):
+    """In the place of `eval.judge`: the score comes at the end, and there is no KL."""
+    rewards = torch.zeros(rollout.batch.mask.shape)
+    for row, tokens in zip(rewards, rollout.tokens, strict=True):
+        row[len(tokens) - 1] = tokens.count(HEAD)
+    return None, rewards
+
+
+def test_continuations_find_the_value_of_every_toss_by_two_halves(monkeypatch):
+    monkeypatch.setattr(ma_ppo, "generate", toss)
+    monkeypatch.setattr(chapter5, "judge", heads)
+    tokenizer = SimpleNamespace(pad_token_id=0, batch_decode=lambda rows, **options: rows)
+    models = {"policy": SimpleNamespace(device="cpu")}
+    cfg = ma_ppo.Config(max_response=4, micro_batch_size=900)
+    responses = [[HEAD, HEAD, TAIL, TAIL], [TAIL, HEAD, TAIL, HEAD]]
+    examples = [{"prompt": [3, 3]}, {"prompt": [3]}]
+    rollout = chapter5.rollout_of(examples, responses, tokenizer, models)
+    values = chapter5.true_values(rollout, examples, 1000, models, tokenizer, cfg).numpy()
+    # Heads so far, and half of the tosses to come; behind the end nothing is to come.
+    exact = np.array([[2, 2.5, 3, 2.5, 0], [2, 1.5, 2, 1.5, 0]])
+    assert values == pytest.approx(np.stack([exact, exact]), abs=4 / math.sqrt(500))
+    assert (values[0] != values[1])[:, :4].all()  # halves of their own
+
+
+def test_the_sampling_error_of_the_truth_is_taken_off_the_correlation():
+    rng = np.random.default_rng(0)
+    truth = rng.normal(0, 1, (40_000, 9))  # surprises: independent, 0 on average
+    guesses = 0.5 * truth + rng.normal(0.3, 1, truth.shape)
+    # An error of V* between two tokens enters one A* with plus and the next with minus.
+    edges = np.pad(rng.normal(0, 25, (2, 40_000, 8)), [(0, 0), (0, 0), (1, 1)])
+    halves = truth + np.diff(edges)  # [2, 40000, 9]
+    sums = moments(*map(torch.tensor, (guesses, halves, np.ones_like(truth))))
+    exact = 0.5 / math.sqrt(0.25 + 1)
+    assert correlation(sums, axis=0) == pytest.approx(exact, abs=0.1)
+    assert np.corrcoef(guesses.ravel(), halves.mean(0).ravel())[0, 1] < exact / 3
+
+
+# Judges
+
+
+def test_the_last_winner_of_an_answer_is_the_verdict():
+    assert winner('Short ones. {"winner": "1"}? No.\n```json\n{"winner":"2"}\n```', "ba") == "a"
+    assert winner('{"why": "{it} is {longer}", "winner": 1}', "ba") == "b"
+    assert winner('{"winner": "tie"}', "ba") == "tie"
+    for answer in ('I take {"winner": "1"}, or rather {"winner": "3"}', "The winner is 1", ""):
+        assert winner(answer, "ba") == "none"
+
+
+PAIRS = []
+for i, (a, b) in enumerate([("good", "bad"), ("bad", "good"), ("good", "good")]):
+    rows = [{"number": i, "prompt": f"p{i}", "response": text} for text in (a, b)]
+    PAIRS.append([row | {"rm_score": row["response"] == "good"} for row in rows])
+
+
+JUDGES = {"honest": ["a", "b", "tie"], "first": ["tie"] * 3, "mute": ["none"] * 3}
+
+
+@pytest.mark.parametrize(("judge", "said"), [*JUDGES.items(), ("half", ["none"] * 3)])
+def test_a_language_model_is_asked_once_in_both_orders(tmp_path, monkeypatch, judge, said):
+    asked = []
+
+    def create(model, messages):
+        one, two = re.findall(r"\[Response \d\] (\w+)", messages[0]["content"])
+        asked.append((one, two))
+        better = "1" if one > two or judge == "first" else "2"
+        answer = "tie" if one == two and judge == "honest" else better
+        silent = judge == "mute" or (judge == "half" and len(asked) % 2)
+        content = "no idea" if silent else json.dumps({"winner": answer})
+        return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content=content))])
+
+    completions = SimpleNamespace(create=create)
+    client = nullcontext(SimpleNamespace(chat=SimpleNamespace(completions=completions)))
+    fake = SimpleNamespace(OpenAI=lambda **options: client, APIError=RuntimeError)
+    monkeypatch.setitem(sys.modules, "openai", fake)
+    flags = ["--a", str(tmp_path), "--b", "runs/b", "--judge", "llm", "--judge_model", "m"]
+    args = chapter5.parse(["duel", *flags])
+    assert chapter5.verdicts_of("llm", PAIRS, args) == said
+    orders = [(a["response"], b["response"]) for a, b in PAIRS]
+    assert sorted(asked) == sorted(orders + [(b, a) for a, b in orders])
+    assert chapter5.verdicts_of("llm", PAIRS, args) == said  # from the file
+    assert len(asked) == 6
+
+
+def test_a_person_judges_in_an_order_by_lot_a_score_by_itself(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda question: "1")
+    args = chapter5.parse(["duel", "--a", str(tmp_path / "a"), "--b", "b", "--judge", "human"])
+    pairs = [[row | {"number": i} for row in PAIRS[0]] for i in range(40)]
+    found = [chapter5.asked("human", *pair, args) for pair in pairs]
+    shown = re.findall(r"\[Response 1\] (\w+)", capsys.readouterr().out)
+    assert shown == ["good" if said == "a" else "bad" for said in found]
+    assert 10 < found.count("a") < 30
+    assert chapter5.verdicts_of("rm", PAIRS, args) == ["a", "b", "tie"]  # the higher score wins
+
+
+# Commands, on runs without models
+
+
+def write_run(folder, scores, seed=0, **settings):
+    """A run of these scores: its config.json, metrics.jsonl and one sample."""
+    folder.mkdir(parents=True)
+    settings = {"arm": folder.name, "seed": seed, "ngram": 5, "lam": 0.95} | settings
+    (folder / "config.json").write_text(json.dumps(settings))
+    rows = []
+    for step, x in enumerate(scores):
+        row = {"step": step, "rm_score": x, "gold_score": x, "kl": step, "rm_score_std": 1}
+        rows.append(row | {"response_length": 9, "eos_rate": 1, "seconds": 1, "macro_length": 4})
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(lines) + '{"step": 99, "rm_sc')  # being written
+    kept = {"step": 0, "pieces": [" the", " end\n", ""], "seg": [0, 0, 1]}
+    kept |= {"values": [0.1, 0.2, 0.3], "advantages": [-1, -1, 2], "targets": [0.5, 0.5, 1]}
+    (folder / "samples.jsonl").write_text(json.dumps(kept) + "\n")
+
+
+def printed(capsys, *words):
+    """The cells of the tables that a command prints."""
+    chapter5.main([str(word) for word in words])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_seeds_are_paired_by_their_settings_whatever_the_folders_are_called(tmp_path, capsys):
+    # Far apart, and named in another order: unpaired, the difference would drown.
+    for i in range(5):
+        write_run(tmp_path / f"x{i}/token", [10.0 * i] * 6, seed=i)
+        write_run(tmp_path / f"x{4 - i}/fixed", [10.0 * i + 1 + 0.1 * i] * 6, seed=i)
+    command = ["seeds", "--runs", *sorted(tmp_path.iterdir())]
+    table = printed(capsys, *command)
+    (row,) = [row for row in table if row[:2] == ["fixed - token", "score area"]]
+    # d = 1.0 ... 1.4: mean 1.2, s.d. .158, 2.776 x .158 / sqrt(5) = .196; margin: a tenth of 20
+    assert row[2:] == ["±2.00", "1.20 [1.00, 1.40]", "equivalent, though different"]
+    table = printed(capsys, *command, "--versus", "fixed", "--margin", 0.25, 0.01)
+    (row,) = [row for row in table if row[:2] == ["token - fixed", "score area"]]
+    assert row[2:] == ["±0.21", "-1.20 [-1.40, -1.00]", "different"]
+
+
+def test_curves_heatmap_horizon_and_report_of_four_arms(tmp_path, capsys, monkeypatch):
+    figures = []
+    monkeypatch.setattr(chapter5, "save", lambda figure, png: figures.append(figure))
+    slow, fast = [0.0] * 5 + [10.0] * 10, [0.0] * 2 + [10.0] * 13
+    for arm, scores in {"fixed": fast, "token": slow, "control": fast}.items():
+        write_run(tmp_path / arm, scores)
+    write_run(tmp_path / "n10/fixed", fast, ngram=10, lam=1.0)
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft/config.json").write_text("{}")  # a model, no run
+    runs = ["--runs", tmp_path, tmp_path / "n10"]
+    table = printed(capsys, "curves", *runs, "--png", "c.png")
+    assert [row[0] for row in table[2:6]] == ["token", "control", "fixed", "n10/fixed"]
+    assert table[2][1:3] == ["15", "10.00"]
+    assert [row[1:3] for row in table[8:10]] == [["1.00", "1.00"], ["0.43", "0.67"]]
+    labels = [ax.get_ylabel() for ax in figures[0].axes]
+    assert labels == ["rm score", "gold score", "response length", "gold score"]
+    drawn = {line.get_label(): line for line in figures[0].axes[0].lines}
+    assert list(drawn["token"].get_ydata()) == smooth(slow)
+    for arm, color in chapter5.ARM_COLORS.items():
+        assert drawn[arm].get_color() == color
+    table = printed(capsys, "horizon", *runs)
+    assert [row[:3] for row in table[2:]] == [
+        ["n = 1", "0.950", "20"],
+        ["n = 1", "0.990", "98"],  # control: nearly that of fixed
+        ["n = 10", "1.000", "∞"],
+        ["n = 5", "0.950", "100"],
+    ]
+    printed(capsys, "heatmap", *runs[:2], "--png", "h.png")
+    text, values, *_ = figures[1].axes
+    assert [t.get_text() for t in text.texts] == [" the", " end⏎", "∎"]
+    assert len(text.lines) == 2  # a bar where each macro action begins
+    assert list(values.lines[-1].get_ydata()) == [0.5, 0.5, 1]
+    printed(capsys, "report", tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert re.findall(r"## (\w+)", text) == ["curves", "heatmap"]  # there is no model to sample
+    assert "![heatmap](heatmap.png)" in text
+
+
+def test_samples_are_drawn_once_and_again_when_a_model_has_changed(tmp_path, monkeypatch):
+    for folder in ("run/model", "sft", "rm"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "model.safetensors").touch()
+    (tmp_path / "run/config.json").write_text('{"arm": "token"}')
+    prompts = [{"prompt": text} for text in "aabc"]  # one of them twice
+    monkeypatch.setattr(sft, "load_share", lambda cfg, share: prompts)
+    drawn = []
+
+    def args(prompts):
+        return SimpleNamespace(prompts=prompts, device="cpu")
+
+    def draw(jobs, temperature, *rest):
+        drawn.append([(job["number"], job["sample"]) for job in jobs])
+        return [job | {"temperature": temperature} for job in jobs]
+
+    monkeypatch.setattr(chapter5, "draw", draw)
+    cfg = ma_ppo.Config(sft=str(tmp_path / "sft"), reward_model=str(tmp_path / "rm"))
+    chapter5.samples_of(tmp_path / "run", cfg, 1.0, 1, args(2))
+    groups = chapter5.samples_of(tmp_path / "run", cfg, 1.0, 2, args(3))
+    assert [[row["prompt"] for row in group] for group in groups] == [[x] * 2 for x in "abc"]
+    assert drawn == [[(0, 0), (1, 0)], [(0, 1), (1, 1), (2, 0), (2, 1)]]  # only what was missing
+    groups = chapter5.samples_of(tmp_path / "run", cfg, 1.0, 1, args(2))
+    assert len(drawn) == 2 and [len(group) for group in groups] == [1, 1]
+    os.utime(tmp_path / "rm/model.safetensors", (1, 1))
+    chapter5.samples_of(tmp_path / "run", cfg, 1.0, 1, args(1))
+    assert drawn[2] == [(0, 0)]
+
+
+@pytest.mark.parametrize("function", chapter5.COMMANDS, ids=lambda function: function.__name__)
+def test_a_command_s_help_lists_its_own_options_of_which_torchrun_takes_none(function, capsys):
     with pytest.raises(SystemExit) as stop:
-        chapter5.main(list(argv))
+        chapter5.parse([function.__name__, "--help"])
+    assert stop.value.code == 0
+    usage = capsys.readouterr().out.split("options:")[1]
+    shown = set(re.findall(r"^  (?:-h, )?(--\w+)", usage, re.MULTILINE)) - {"--help"}
+    assert shown == {name for name in chapter5.COMMANDS[function].split() if name.startswith("--")}
+    theirs = [flag for action in get_args_parser()._actions for flag in action.option_strings]
+    assert not [flag for flag in theirs if flag.startswith(tuple(shown))]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("curves --runs nowhere", "nowhere: no such folder"),
+        ("curves --runs model", "model: no run"),
+        ("score --runs toy --device cpu --prompts 4 --references", "gone: no such folder"),
+        ("duel --a toy --b hh", "task"),
+        ("duel --a toy --b toy --judge dice", "dice"),
+        ("seeds --runs toy --versus nobody", "--versus"),
+        ("seeds --runs toy", "two or more"),
+        ("heatmap --runs toy --step 7", "step 7"),
+    ],
+)
+def test_what_cannot_work_is_one_line_with_exit_code_2(words, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"arm": "token", "seed": 0, "sft": "model", "reward_model": "gone"}
+    configs = {"toy": settings | {"task": "toy"}, "hh": settings | {"task": "hh"}, "model": {}}
+    for folder, config in configs.items():
+        Path(folder, "model").mkdir(parents=True)
+        Path(folder, "config.json").write_text(json.dumps(config))
+        Path(folder, "metrics.jsonl").write_text('{"rm_score": 1, "seconds": 1}\n')
+    with pytest.raises(SystemExit) as stop:
+        chapter5.main(words.split())
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
-def test_a_missing_run_is_named_in_one_line_with_exit_code_2(tmp_path, capsys):
-    png = str(tmp_path / "curves.png")
-    line = one_error_line(capsys, "curves", "--run", str(tmp_path / "nowhere"), "--png", png)
-    assert str(tmp_path / "nowhere") in line
-    empty = write_run(tmp_path / "empty", [])
-    assert empty in one_error_line(capsys, "curves", "--run", empty, "--png", png)
-    stage = write_run(tmp_path / "sft", [{"step": 0, "loss": 1.0}])  # a run of chapter 1
-    assert stage in one_error_line(capsys, "curves", "--run", stage, "--png", png)
-    assert "--run" in one_error_line(capsys, "curves", "--png", png)
-    assert "nonsense" in one_error_line(capsys, "nonsense")
-
-
-def test_a_picture_that_cannot_be_written_is_one_line_with_exit_code_2(tmp_path, capsys):
-    run = write_run(tmp_path / "token", rows_of([0, 1, 2]))
-    (tmp_path / "file").write_text("")
-    one_error_line(capsys, "curves", "--run", run, "--png", str(tmp_path / "file" / "curves.png"))
-
-
-def test_a_run_that_is_still_going_shows_where_it_is(tmp_path, capsys):
-    runs = [write_run(tmp_path / name, rows_of(range(20))) for name in ("token", "fixed")]
-    for run in runs:
-        (Path(run) / "config.json").write_text('{"steps": 20}')
-    with (Path(runs[1]) / "metrics.jsonl").open("w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows_of(range(7)))
-        file.write('{"step": 7, "rm_sc')  # being written
-    png = tmp_path / "curves.png"
-    chapter5.main(["curves", "--run", *runs, "--png", str(png)])
-    first, *lines = capsys.readouterr().out.splitlines()
-    assert first.startswith("fixed: step 7 of 20")
-    assert not any("step 20" in line for line in lines)
-    assert cells_of(lines[-1])[1] == "4.00"  # the mean of 2 to 6
-    assert png.is_file()
-    chapter5.main(["frontier", "--run", *runs])
-    assert "fixed: step 7 of 20" in capsys.readouterr().out
-
-
-def test_an_arm_that_has_written_no_whole_line_yet_is_left_out(tmp_path, capsys):
-    write_run(tmp_path / "token", rows_of([0, 1, 2]))
-    write_run(tmp_path / "fixed", [])
-    (tmp_path / "fixed" / "metrics.jsonl").write_bytes(b'{"rm_score": 1.0, "kl\xc3')
-    chapter5.main(["curves", "--run", str(tmp_path)])
-    assert "fixed" not in capsys.readouterr().out
-
-
-def test_programs_are_not_said_to_have_an_rm(tmp_path, capsys):
-    header, *_ = closing_table({"token": rows_of([0, 1, 2, 3], pass_rate=0.5)}, tmp_path, capsys)
-    assert "RM" not in header
-    assert cells_of(header)[1] == "score of the unit tests"
-    assert cells_of(header)[-1] == "pass rate"
-
-
-@pytest.mark.parametrize(
-    "line", ["[1]", "{", "\xff", '{"rm_score": "x", "kl": 0, "seconds": 1}', "[" * 9999]
-)
-def test_metrics_of_another_kind_are_one_line_with_exit_code_2(tmp_path, capsys, line):
-    (tmp_path / "metrics.jsonl").write_bytes(line.encode("latin-1") + b"\n")
-    assert str(tmp_path) in one_error_line(capsys, "curves", "--run", str(tmp_path))
-
-
-@pytest.mark.parametrize("gold", [None, [1, 2, 3, 4]], ids=["without gold", "with gold"])
-def test_the_picture_has_a_panel_for_every_metric_that_all_runs_have(
-    tmp_path, capsys, monkeypatch, gold
-):
-    from matplotlib.figure import Figure
-
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *a, **k: (figures.append(figure), save(figure, *a, **k))
-    )
-    runs = [write_run(tmp_path / name, rows_of([0, 1, 2, 3], gold)) for name in ("token", "fixed")]
-    png = tmp_path / "curves.png"
-    chapter5.main(["curves", "--run", *runs, "--png", str(png)])
-    assert png.read_bytes().startswith(b"\x89PNG")
-    (figure,) = figures
-    assert len(figure.axes) == (4 if gold else 3)
-    for axes in figure.axes:
-        assert axes.get_xlabel()
-        assert axes.get_ylabel()
-        raw, smoothed = axes.lines[:2]
-        assert list(smoothed.get_ydata()) == smooth(list(raw.get_ydata()))
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["token", "fixed"]
-    assert list(figure.axes[0].lines[0].get_ydata()) == [0, 1, 2, 3]
-    assert re.search(r"\| token \|.*\n\| fixed \|", capsys.readouterr().out)
-
-
-# Several seeds
-
-
-@pytest.mark.parametrize(
-    ("freedom", "quantile"),  # of printed tables
-    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (7, 2.365), (9, 2.262), (30, 2.042)],
-)
-def test_t_quantiles_are_those_of_printed_tables(freedom, quantile):
-    assert t_quantile(freedom) == pytest.approx(quantile, abs=5e-4)
-
-
-def test_t_quantiles_of_other_levels_and_of_many_degrees_of_freedom():
-    assert t_quantile(9, 0.99) == pytest.approx(3.250, abs=5e-4)
-    assert t_quantile(5, 0.5) == pytest.approx(0.727, abs=5e-4)
-    assert t_quantile(10_000) == pytest.approx(1.9602, abs=5e-4)  # nearly normal
-
-
-@given(st.lists(st.floats(-9, 9), min_size=1, max_size=6))
-def test_p_is_the_share_of_sign_flips_at_least_as_extreme_counted_in_a_loop(d):
-    as_extreme = 0
-    for signs in product([1, -1], repeat=len(d)):
-        flipped = sum(sign * x for sign, x in zip(signs, d, strict=True))
-        as_extreme += abs(flipped) >= abs(sum(d)) - 1e-9 * sum(map(abs, d))
-    assert sign_flip_p(d) == as_extreme / 2 ** len(d)
-
-
-def test_p_of_seeds_that_all_agree_is_the_least_there_is():
-    for count in (2, 5, 8, 10, 16):
-        assert sign_flip_p([1.0 + i for i in range(count)]) == 2 / 2**count
-    assert sign_flip_p([0.0] * 5) == 1
-    assert sign_flip_p([1.0] * 40) == pytest.approx(0, abs=1e-4)  # a lot of 2^16
-    assert sign_flip_p([1.0, -1.0] * 20) == pytest.approx(1, abs=1e-4)
-
-
-def test_the_t_interval_of_ten_seeds_covers_the_effect_in_95_of_100_studies():
-    rng = np.random.default_rng(0)
-    hits = 0
-    for _ in range(2000):
-        found = paired_difference(rng.normal(3, 2, 10).tolist())
-        hits += found.low <= 3 <= found.high
-    assert 0.94 <= hits / 2000 <= 0.96
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "said"),
-    [
-        (0.1, 0.9, "different"),
-        (-0.9, -0.1, "different"),
-        (-0.1, 0.19, "equivalent within ±0.20"),
-        (0.01, 0.19, "equivalent within ±0.20, though different"),
-        (-0.1, 0.21, "cannot tell (margin ±0.20)"),
-        (-0.9, 0.1, "cannot tell (margin ±0.20)"),
-    ],
-)
-def test_a_verdict_needs_the_whole_interval(low, high, said):
-    assert verdict(Difference((low + high) / 2, low, high, p=0.5), margin=0.2) == said
-
-
-def seeds_of(tmp_path, arms):
-    """Folders seed0, seed1, ... of the arms {name: runs, a list of rows each}."""
-    folders = []
-    for i in range(len(next(iter(arms.values())))):
-        folder = tmp_path / f"seed{i}"
-        folder.mkdir()
-        folders.append(str(folder))
-        for name, runs in arms.items():
-            write_run(folder / name, runs[i])
-    return folders
-
-
-def said_of_seeds(tmp_path, capsys, arms, *flags):
-    """The lines of plain words, {what: the rest}, and the warnings, that `seeds` prints."""
-    folders = seeds_of(tmp_path, arms)
-    chapter5.main(["seeds", "--run", *folders, "--arms", *arms, *flags])
-    lines = capsys.readouterr().out.splitlines()
-    said = dict(line.split(": ", 1) for line in lines if " - " in line)
-    return said, [line for line in lines if line.startswith("warning")]
-
-
-def test_differences_of_seeds_are_paired_and_worked_by_hand(tmp_path, capsys):
-    # Ten seeds far apart, at a constant score, so that the area is the score. d = .1 four times,
-    # .3 six times: mean .22, s.d. .1033, reach 2.262 x .1033 / sqrt(10) = .0739.
-    d = [0.1] * 4 + [0.3] * 6
-    token = [rows_of([float(10 * i)] * 6) for i in range(10)]
-    fixed = [rows_of([10 * i + d[i]] * 6) for i in range(10)]
-    said, warnings = said_of_seeds(tmp_path, capsys, {"token": token, "fixed": fixed})
-    numbers = "+0.22 (95 % 0.15 to 0.29, p = .002, 10 seeds)"
-    # The margins: a quarter of rm_score_std, 1; and a tenth of the baseline's mean, 45.
-    assert said["fixed - token, RM score"] == f"{numbers}: different"
-    assert said["fixed - token, RM area"] == f"{numbers}: equivalent within ±4.50, though different"
-    assert warnings == []
-
-
-def test_margins_are_shares_of_the_first_steps_spread_and_of_the_baseline(tmp_path, capsys):
-    token = [rows_of([2.0 + i] * 6, [1.0] * 6) for i in range(3)]
-    fixed = [rows_of([2.0 + i] * 6, [1.1] * 6) for i in range(3)]
-    for runs in (token, fixed):
-        for i, rows in enumerate(runs):
-            rows[0]["rm_score_std"] = 2.0 + 2 * i  # 4 on average; at other steps 1
-    flags = ["--margin", "0.5", "0.2"]
-    said, _ = said_of_seeds(tmp_path, capsys, {"token": token, "fixed": fixed}, *flags)
-    assert said["fixed - token, RM score"].endswith("equivalent within ±2.00")
-    assert said["fixed - token, RM area"].endswith("equivalent within ±0.60")  # a fifth of 3
-    assert "±1.00" in said["fixed - token, gold score"]  # half of gold_score_std, 2
-
-
-def test_few_seeds_are_warned_of_and_the_baseline_can_be_chosen(tmp_path, capsys):
-    arms = {}
-    for name, gain in {"token": 0, "fixed": 1, "control": 2}.items():
-        arms[name] = [rows_of([k + gain * t for t in range(9)]) for k in (0, 1, 3, 4, 7)]
-    said, warnings = said_of_seeds(tmp_path, capsys, arms, "--versus", "control")
-    assert said["fixed - control, RM area"].startswith("-4.00 (95 % -4.00 to -4.00, p = .062, 5 ")
-    assert {what.split(",")[0] for what in said} == {"token - control", "fixed - control"}
-    (warning,) = warnings
-    assert "5" in warning and ".062" in warning
-
-
-def test_a_target_that_some_seeds_never_reach_has_no_mean_difference(tmp_path, capsys):
-    token = [rows_of(range(20)) for _ in range(3)]
-    fixed = [rows_of(range(20)), rows_of(range(20)), rows_of([0] * 20)]
-    said, _ = said_of_seeds(tmp_path, capsys, {"token": token, "fixed": fixed})
-    assert said["fixed - token, RM 50 %"] == "not reached in 1 of 3 seeds"
-    assert not any("gold" in what or "pass rate" in what for what in said)
-
-
-def test_a_wrong_margin_or_baseline_is_one_line_with_exit_code_2(tmp_path, capsys):
-    folders = seeds_of(tmp_path, {"token": [rows_of([1, 2])] * 2})
-    for flags in (["--versus", "nobody"], ["--margin", "1"], ["--margin", "-1", "0"]):
-        assert flags[0] in one_error_line(capsys, "seeds", "--run", *folders, *flags)
-
-
-# The horizon
-
-
-def configured(folder, rows, **settings):
-    """A run with a config.json."""
-    write_run(folder, rows)
-    (folder / "config.json").write_text(json.dumps({"n": 5, "lam": 0.95, "seed": 0} | settings))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("settings", "kind", "tokens"),
-    [
-        ({"arm": "token"}, "n = 1", 20),
-        ({"arm": "token", "lam": 0.99}, "n = 1", 100),
-        ({"arm": "fixed"}, "n = 5", 100),
-        ({"arm": "fixed", "n": 2, "lam": 0.9}, "n = 2", 20),
-        ({"arm": "control"}, "n = 1", 1 / (1 - 0.95 ** (1 / 5))),  # 98: nearly that of fixed
-        ({"arm": "control", "n": 1}, "n = 1", 20),
-        ({"arm": "random"}, "random", 80),  # macro_length is 4
-        ({"arm": "whole", "lam": 0.9}, "whole", 40),
-        ({"arm": "fixed", "lam": 1.0}, "n = 5", float("inf")),
-        ({"arm": "rloo"}, "rloo", float("inf")),
-    ],
-)
-def test_the_effective_horizon_of_every_arm(tmp_path, settings, kind, tokens):
-    rows = rows_of([0, 1], macro_length=4.0)
-    reach = chapter5.reach_of(configured(tmp_path / "run", rows, **settings), rows)
-    assert (reach.kind, reach.horizon) == (kind, pytest.approx(tokens))
-
-
-def test_the_horizon_s_table_and_picture_worked_by_hand(tmp_path, capsys, monkeypatch):
-    from matplotlib.figure import Figure
-
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *a, **k: (figures.append(figure), save(figure, *a, **k))
-    )
-    # token: 0 0 ... 10: half of its gain, 5, is passed at step 7 of the smoothed scores.
-    slow, fast = [0] * 5 + [10] * 10, [0] * 2 + [10] * 13
-    runs = []
-    for seed, shift in enumerate((0, 2)):
-        for name, scores in {
-            "token": slow,
-            "fixed": fast,
-            "control": fast,
-            "never": [0] * 15,
-        }.items():
-            arm = "fixed" if name == "never" else name
-            lam = 1.0 if name == "never" else 0.95
-            rows = rows_of([x + shift for x in scores], explained_variance=-0.25)
-            folder = tmp_path / f"{name}{seed}"
-            runs.append(str(configured(folder, rows, arm=arm, lam=lam, seed=seed)))
-    png = tmp_path / "horizon.png"
-    chapter5.main(["horizon", "--run", *runs, "--png", str(png)])
-    _, _, *lines = capsys.readouterr().out.splitlines()
-    area = [f"{100 / 15 + 1:.2f} ({100 / 15:.2f} to {100 / 15 + 2:.2f})"]
-    fast_area = f"{130 / 15 + 1:.2f} ({130 / 15:.2f} to {130 / 15 + 2:.2f})"
-    ev = "-0.25 (-0.25 to -0.25)"
-    assert [cells_of(line) for line in lines] == [
-        ["n = 1", "0.950", "20", "2", *area, "7.00 (7.00 to 7.00)", ev],
-        ["n = 1", "0.990", "98", "2", fast_area, "3.00 (3.00 to 3.00)", ev],
-        ["n = 5", "0.950", "100", "2", fast_area, "3.00 (3.00 to 3.00)", ev],
-        ["n = 5", "1.000", "∞", "2", "1.00 (0.00 to 2.00)", "–", ev],
-    ]
-    assert png.read_bytes().startswith(b"\x89PNG")
-    areas, steps = figures[0].axes
-    assert [list(line.get_xdata()) for line in areas.lines] == [
-        [pytest.approx(20), pytest.approx(98, abs=0.5)],
-        [pytest.approx(100), pytest.approx(400)],  # ∞ stands at four times the largest
-    ]
-    assert [list(line.get_ydata()) for line in steps.lines] == [[7, 3], [3]]
-    assert [text.get_text() for text in areas.get_xticklabels()][-1] == "∞"
-    assert areas.get_xscale() == "log"
-
-
-def test_a_run_without_settings_has_no_horizon_and_is_one_line(tmp_path, capsys):
-    run = write_run(tmp_path / "token", rows_of([0, 1]))
-    assert run in one_error_line(capsys, "horizon", "--run", run)
-
-
-# The heatmap
-
-SAMPLE = {
-    "pieces": [" the", " weather", ".", ""],  # the EOS writes nothing
-    "seg": [0, 0, 1, 1],
-    "values": [0.1, 0.2, 0.3, 0.4],
-    "advantages": [-1.0, -1.0, 0.5, 0.5],
-    "returns": [0.5, 0.5, 1.0, 1.0],
-}
-
-
-def write_samples(folder, *steps, **more):
-    folder.mkdir()
-    rows = [json.dumps(SAMPLE | more | {"step": step}) + "\n" for step in steps]
-    (folder / "samples.jsonl").write_text("".join(rows))
-    return str(folder)
-
-
-def test_the_heatmap_shows_every_token_of_every_run(tmp_path, capsys, monkeypatch):
-    from matplotlib.figure import Figure
-
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *a, **k: (figures.append(figure), save(figure, *a, **k))
-    )
-    runs = [write_samples(tmp_path / name, 0) for name in ("token", "fixed")]
-    png = tmp_path / "heatmap.png"
-    chapter5.main(["heatmap", "--run", *runs, "--png", str(png)])
-    assert png.read_bytes().startswith(b"\x89PNG")
-    text, values, *_ = figures[0].axes
-    assert [t.get_text() for t in text.texts] == [" the", " weather", ".", "∎"]
-    assert len(text.lines) == 2  # a bar where each macro action begins
-    assert list(values.lines[-2].get_ydata()) == SAMPLE["values"]
-    assert list(values.lines[-1].get_ydata()) == SAMPLE["returns"]
-    assert len(figures[0].axes) == 4
-
-
-def test_tokens_fill_lines_and_are_never_broken():
-    width = chapter5.WIDTH
-    pieces = ["x" * (width - 30), "y" * 30, "z", "w" * (width - 1), "a\nb", ""]
-    places = chapter5.lay_out(pieces)
-    found = [(place.column, place.line) for place in places]
-    assert found == [(0, 0), (width - 30, 0), (0, 1), (1, 1), (0, 2), (3, 2)]
-    assert [place.text for place in places][-2:] == ["a⏎b", "∎"]
-
-
-def test_a_missing_sample_is_named_in_one_line_with_exit_code_2(tmp_path, capsys):
-    run, png = write_samples(tmp_path / "token", 0, 0, 10), ["--png", str(tmp_path / "heatmap.png")]
-    nowhere = str(tmp_path / "nowhere")
-    assert nowhere in one_error_line(capsys, "heatmap", "--run", nowhere, *png)
-    assert "step 7" in one_error_line(capsys, "heatmap", "--run", run, "--step", "7", *png)
-    assert "sample 2" in one_error_line(capsys, "heatmap", "--run", run, "--sample", "2", *png)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "{",
-        "[1]",
-        '{"step": 0}',
-        "",
-        "\x00",
-        json.dumps(SAMPLE | {"step": 0, "values": [1]}),
-        json.dumps(SAMPLE | {"step": 0, "returns": 5}),
-        json.dumps(SAMPLE | {"step": 0, "advantages": [None] * 4}),
-        json.dumps({key: [] for key in SAMPLE} | {"step": 0}),
-    ],
-)
-def test_damaged_samples_are_one_line_with_exit_code_2(tmp_path, capsys, line):
-    (tmp_path / "samples.jsonl").write_text(line + "\n")
-    png = str(tmp_path / "heatmap.png")
-    assert str(tmp_path) in one_error_line(capsys, "heatmap", "--run", str(tmp_path), "--png", png)
-
-
-def test_a_picture_s_name_is_taken_as_it_is(tmp_path, capsys):
-    run = write_samples(tmp_path / "token", 0)
-    assert "directory" in one_error_line(capsys, "heatmap", "--run", run, "--png", str(tmp_path))
-    chapter5.main(["heatmap", "--run", run, "--png", str(tmp_path / "no_suffix")])
-    assert (tmp_path / "no_suffix").read_bytes().startswith(b"\x89PNG")
+    assert said in line
