@@ -208,10 +208,8 @@ def smoothed(arms, key):
 
 def measures_table(compared, measures):
     """A row an arm, a column a measure that any arm has."""
-    names = []
-    for name in measures:
-        if any(set(found[name]) != {None} for found in compared.values()):
-            names.append(name)
+    arms = compared.values()
+    names = [name for name in measures if any(set(found[name]) != {None} for found in arms)]
     rows = []
     for arm, found in compared.items():
         rows.append([arm, *(spread(found[name]) for name in names)])
@@ -403,16 +401,18 @@ def samples_of(folder, cfg, temperature, count, args):
 
     folder: a run, or an SFT model; temperature: 0: greedy, "references": the human responses.
     """
-    device = sft.setup(args.device)  # under torchrun: the ranks meet, to share the sampling
+    device = sft.setup(args.device)  # under torchrun, the ranks meet
     path = folder / "score/samples.jsonl"
     model = folder / "model" if read_config(folder) else folder
     stamp = []  # when the files were written that a sample and its scores depend on
-    for part in filter(None, [model, cfg.sft, cfg.reward_model]):  # programs have no RM
-        if not Path(part).is_dir():
+    if cfg.reward:
+        stamp.append(os.stat(cfg.reward.rpartition(":")[0]).st_mtime)
+    for part in filter(None, [model.resolve(), cfg.sft, cfg.reward_model]):  # maybe without RM
+        if os.path.isabs(part) and not Path(part).is_dir():  # others are on the hub
             fail(f"{part}: no such folder")
         stamp += [file.stat().st_mtime for file in sorted(Path(part).glob("*.safetensors"))]
     kept = {}
-    for row in sft.gather(read_rows(path) if sft.rank() == 0 else []):  # to every rank
+    for row in sft.gather(read_rows(path) if sft.rank() == 0 else []):
         if row["drawn_with"] == stamp:
             kept[row["temperature"], row["number"], row["sample"]] = row
     held_out = {row["prompt"]: row for row in sft.load_share(cfg, "test")}  # each prompt once
@@ -420,7 +420,7 @@ def samples_of(folder, cfg, temperature, count, args):
     for number, row in enumerate(list(held_out.values())[: args.prompts]):
         for sample in range(count):
             if temperature != "references" or row.get("response"):
-                job = row | {"number": number, "sample": sample}
+                job = row | {"number": number, "sample": sample, "text": row["prompt"]}
                 wanted[temperature, number, sample] = job
     jobs = [job for key, job in wanted.items() if key not in kept]
     if jobs:
@@ -504,9 +504,9 @@ HELD_OUT = ["rm_score", "gold_score", "passed", "kl", "length", "ended", "distin
 def score(args):
     """The policies on held-out prompts: means with 95 % intervals (bootstrap over prompts).
 
-    `references`: the human-written responses. `passed`: share of programs that pass all of their
-    unit tests. `ended`: share of responses that were not cut. `distinct`: share of a response's
-    word trigrams that are distinct; a text that repeats itself has few.
+    `references`: the human-written responses. Shares: `passed`, of programs that pass all of their
+    tests; `ended`, of responses that were not cut; `distinct`, of the different ones among a text's
+    word trigrams.
     """
     lines = []
     for name, temperature, groups in sampled(args, args.samples):
@@ -599,7 +599,7 @@ def duel(args):
     a, b = map(read_config, runs)
     for name in ["task", "data"] + ["reward_model"] * ("rm" in args.judge):
         if getattr(a, name) != getattr(b, name):
-            fail(f"no duel: the runs differ in {name}, {getattr(a, name)} and {getattr(b, name)}")
+            fail(f"no duel: the runs differ in {name}")
     if "gold" in args.judge and a.task != "toy":
         fail(f"--judge gold: task {a.task} has no such score")
     sides = []
@@ -633,7 +633,7 @@ def verdicts_of(judge, pairs, args):
         pair = (name, a["prompt"], a["response"], b["response"])
         if pair not in kept:
             kept[pair] = asked(judge, a, b, args)
-            sft.append(path, {"pair": pair, "verdict": kept[pair]})  # at once: Ctrl-C loses nothing
+            sft.append(path, {"pair": pair, "verdict": kept[pair]})
         verdicts.append(kept[pair])
     return verdicts
 
@@ -681,13 +681,13 @@ def ask_llm(question, args):
     """The answer of a model with OpenAI's interface; the client tries again by itself."""
     import openai  # pip install openai
 
-    key = os.environ.get("OPENAI_API_KEY", "none")  # servers at home want none, the package does
+    key = os.environ.get("OPENAI_API_KEY", "none")  # servers at home need none
     messages = [{"role": "user", "content": question}]
     try:
         with openai.OpenAI(base_url=args.judge_url, api_key=key, max_retries=5) as client:
             reply = client.chat.completions.create(model=args.judge_model, messages=messages)
     except openai.APIError as error:
-        fail(f"the judge: {error}; verdicts so far are kept, the same command goes on")
+        fail(f"the judge: {error}; the same command goes on from here")
     return reply.choices[0].message.content or ""
 
 
@@ -712,21 +712,28 @@ def ask_llm(question, args):
 def credit(args):
     """Estimators of the advantage against the truth by continuations, before the first update.
 
-    Correlations with A* of each token, its sampling error taken off. In brackets 95 % bootstrap
-    intervals over responses. The picture shows the first response: above by the truth, V* and A* of
-    the macro actions of `fixed`; below by what each arm makes of it.
+    Correlations with A* of each token, its sampling error taken off; 95 % intervals by bootstrap
+    over responses. The picture: the first response, its V and V*, and its text by the A* of the
+    actions of `fixed`, and by two arms. --trained: for the final policy and critic of the run.
     """
     if args.continuations < 2 or args.continuations % 2:
-        fail(f"--continuations must be an even number, got {args.continuations}")
+        fail("--continuations must be an even number")
     # All arms start from the same models, and meet these responses first.
-    cfg = replace(read_config(find_runs(args.runs)[0]), shard=False)
-    models, _, tokenizer = ma_ppo.load_models("fixed", cfg, sft.setup(args.device))
+    run = find_runs(args.runs)[0]
+    cfg = replace(read_config(run), shard=False)
+    device = sft.setup(args.device)
+    models, _, tokenizer = ma_ppo.load_models("fixed", cfg, device)
+    if args.trained:
+        models["policy"], _ = sft.load_causal_lm(run / "model")
+        models["critic"] = reward.ScalarModel.load(run / "critic")
+        for name in ("policy", "critic"):
+            sft.prepare(models[name], cfg, device)
     prompts = ma_ppo.load_prompts(tokenizer, cfg)
     examples = sft.batch_rows(prompts, 0, cfg.batch_size, cfg.seed)[: args.responses]
     rollout = ma_ppo.sample(models["policy"], examples, 0, tokenizer, cfg)
     judged, rewards = judge(rollout, models, examples, tokenizer, cfg)  # rewards: [B, T]
-    truth = true_values(rollout, examples, args.continuations, models, tokenizer, cfg)
-    surprises = rewards.cpu() + truth.diff()  # [2, B, T], A* by either half
+    count = args.continuations
+    V, A = true_values(rollout, rewards, examples, count, models, tokenizer, cfg)
     mask = rollout.batch.mask  # [B, T]
     rows, shown = [], {}  # shown: {name: (seg, advantages, targets)}, [B, T] each
     for arm in ("token", "control", "whole", "fixed"):
@@ -734,19 +741,19 @@ def credit(args):
         seg = segment.segment_ids(starts, mask)  # [B, T]
         guesses = ma_ppo.estimate(arm, rewards, judged.values, seg, mask, cfg.lam, cfg)
         seg, advantages, targets = (x.cpu() for x in (seg, *guesses))
-        sums = moments(advantages.double(), surprises, mask.cpu())  # [B, 6]
+        sums = moments(advantages.double(), A, mask.cpu())  # [B, 6]
         rows.append([arm, interval(sums, correlation)])
         shown[arm] = seg, advantages, targets
     if args.png:
         # What an action of `fixed` was worth is the sum of what its tokens were.
-        true = segment.pool(surprises.mean(0), seg, mask.cpu(), "sum").gather(1, seg)  # [B, T]
-        shown = {"truth": (seg, true, truth.mean(0)), **shown}
-        draw_samples(first_response(shown, rollout, judged.values, tokenizer), args.png)
+        true = segment.pool(A.mean(0), seg, mask.cpu(), "sum").gather(1, seg)  # [B, T]
+        shown = {"truth": (seg, true, V.mean(0)), "token": shown["token"], "fixed": shown["fixed"]}
+        draw_truth(first_response(shown, rollout, judged.values, tokenizer), args.png)
     return table(["arm", "correlation with A*"], rows)
 
 
 def first_response(shown, rollout, values, tokenizer):
-    """The first response as `draw_samples` wants it, by the truth and by each arm's guess."""
+    """The first response as `draw_samples` takes it, once for the truth and once an arm."""
     text, offsets = segment.token_offsets(tokenizer, rollout.tokens[0])
     samples = []
     for name, (seg, advantages, targets) in shown.items():
@@ -769,11 +776,11 @@ def judge(rollout, models, examples, tokenizer, cfg):
 
 
 @torch.no_grad()
-def true_values(rollout, examples, count, models, tokenizer, cfg):
-    """V* in front of each token, and 0 behind, by two halves of `count` texts.  -> [2, B, T+1]"""
-    B, T = rollout.batch.mask.shape
+def true_values(rollout, rewards, examples, count, models, tokenizer, cfg):
+    """V* in front of each token, 0 behind, and A*, by two halves -> [2, B, T+1], [2, B, T]"""
+    B, T = rewards.shape
     values = torch.zeros(2, B, T + 1, dtype=torch.float64)
-    for t in tqdm(range(T), desc="continuations", disable=sft.rank() > 0):
+    for t in tqdm(range(T), desc="continuations"):
         going = [i for i, tokens in enumerate(rollout.tokens) if t < len(tokens)]
         jobs = [(i, t, k) for i in going for k in range(count)]
         chosen = [examples[i] for i, _, _ in jobs]
@@ -786,25 +793,25 @@ def true_values(rollout, examples, count, models, tokenizer, cfg):
         written = ma_ppo.generate(models["policy"], prompts, uniforms, tokenizer, cfg)
         responses = [tokens + more for tokens, more in zip(begun, written, strict=True)]
         anew = rollout_of(chosen, responses, tokenizer, models)
-        _, rewards = judge(anew, models, chosen, tokenizer, cfg)  # [b, T]
-        returns = rewards[:, t:].sum(1).reshape(len(going), -1, 2)  # [responses, pairs, 2]
+        _, later = judge(anew, models, chosen, tokenizer, cfg)  # [b, T]
+        returns = later[:, t:].sum(1).reshape(len(going), -1, 2)  # [responses, pairs, 2]
         values[:, going, t] = returns.double().mean(1).T.cpu()  # [2, responses]
-    return values
+    return values, rewards.cpu() + values.diff()
 
 
 def moments(guesses, truths, mask):
     """Sums over each response's tokens.  guesses: [B, T]; truths: [2, B, T], by halves -> [B, 6]"""
     truth = truths.mean(0)  # [B, T]
-    squares = truths.sum(2).prod(0)  # [B], (return - V*(s_0))^2, of either half once
+    squares = truths.sum(2).prod(0)  # [B], (return - V*(s_0))^2
     products = [mask, guesses, truth, guesses**2, guesses * truth]
-    return torch.stack([*(x.sum(1) for x in products), squares], 1)  # [B, 6]
+    return torch.stack([*(x.sum(1) for x in products), squares], 1).numpy()  # [B, 6]
 
 
 def correlation(sums, axis):
     """Correlation of the guesses with the truth, of the moments [..., 6] added up along `axis`."""
     count, *totals = np.moveaxis(np.sum(sums, axis), -1, 0)
-    guess, truth, guess_squared, product, truth_squared = (total / count for total in totals)
-    spread = np.maximum(0, guess_squared - guess**2) * np.maximum(0, truth_squared - truth**2)
+    guess, truth, guess_sq, product, truth_sq = (total / count for total in totals)
+    spread = np.maximum(0, guess_sq - guess**2) * np.maximum(0, truth_sq - truth**2)
     # Where chance hides the truth's spread altogether, the division would be by 0.
     return np.clip((product - guess * truth) / np.maximum(spread**0.5, 1e-12), -1, 1)
 
@@ -962,8 +969,8 @@ def interval(values, statistic=np.mean):
 
 # Appendix G. Drawing
 
-ARM_COLORS = {"token": "#0072B2", "fixed": "#D55E00", "control": "#009E73"}  # the same everywhere
-PANELS = ["rm_score", "gold_score", "pass_rate", "response_length"]  # those that all runs have
+ARM_COLORS = {"token": "#0072B2", "fixed": "#D55E00", "control": "#009E73"}
+PANELS = ["rm_score", "gold_score", "pass_rate", "response_length"]
 TINTS = matplotlib.colormaps["RdBu"]
 WIDTH = 100  # characters in a line of text
 FONT = {"family": "monospace", "fontsize": 9.5, "va": "center", "parse_math": False}
@@ -987,16 +994,15 @@ def draw_curves(arms, png):
         for arm, y in smoothed(arms, key).items():  # [steps, seeds]
             ax.fill_between(range(len(y)), y.min(1), y.max(1), color=colors[arm], alpha=0.2, lw=0)
             ax.plot(y.mean(1), color=colors[arm], lw=2, label=arm)
-        ax.set(xlabel="PPO steps", ylabel=key.replace("_", " "))
+        ax.set(xlabel=f"PPO steps, means of {SMOOTHING}", ylabel=key.replace("_", " "))
     # Of the two scores the gold score, where there is one: the RM's can be high and wrong.
     key = "gold_score" if "gold_score" in shown else "rm_score"
     kl = smoothed(arms, "kl")
     for arm, y in smoothed(arms, key).items():
         last.plot(kl[arm].mean(1), y.mean(1), color=colors[arm], lw=2)
     last.set(xlabel="KL to reference, nats", ylabel=key.replace("_", " "))
-    handles = axes[0].get_legend_handles_labels()
-    above = {"loc": "outside upper center", "ncols": 8, "frameon": False}
-    figure.legend(*handles, title=f"means of {SMOOTHING} steps", **above)
+    names = axes[0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside upper center", ncols=8, frameon=False)
     save(figure, png)
 
 
@@ -1017,6 +1023,25 @@ def draw_samples(samples, png):
     save(figure, png)
 
 
+def draw_truth(samples, png):
+    """V and V* of one response, and its text by the truth and by two arms."""
+    limit = max(abs(a) for sample in samples for a in sample["advantages"])
+    cells = segment.lay_out(samples[0]["pieces"], WIDTH)
+    heights = [1.3, *[0.2 * (cells[-1].line + 1)] * len(samples)]  # inches
+    figure = Figure(figsize=(10, sum(heights) + 1.1), layout="constrained")
+    above, *below = figure.subplots(len(heights), 1, height_ratios=heights)
+    above.plot(samples[0]["targets"], color="C2", label="V*, the truth by continuations")
+    above.plot(samples[0]["values"], color="C0", label="V, the critic's guess")
+    above.set(xlabel="response token", ylabel="return to come", xmargin=0)
+    above.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
+    for ax, sample in zip(below, samples, strict=True):
+        draw_text(ax, cells, sample["seg"], sample["advantages"], limit)
+        ax.set_title(sample["run"], loc="left", fontsize=10, pad=2)
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(-limit, limit), TINTS)
+    figure.colorbar(scale, ax=below, label="advantage, whitened", aspect=30, pad=0.01)
+    save(figure, png)
+
+
 def draw_text(ax, cells, seg, advantages, limit):
     """The text of a response: colours are advantages, bars begin macro actions."""
     begun = -1
@@ -1026,7 +1051,7 @@ def draw_text(ax, cells, seg, advantages, limit):
         ax.add_patch(Rectangle((left, line + 0.08), len(text), 0.84, color=tint, lw=0))
         ink = "white" if abs(strength) > 0.75 else "black"
         ax.text(left, line + 0.52, text, color=ink, **FONT)
-        if seg[token] > begun:  # a token of several lines has a bar in its first one
+        if seg[token] > begun:
             ax.plot([left, left], [line + 0.04, line + 0.96], color="black", lw=1.5)
         begun = seg[token]
     ax.set(xlim=(0, WIDTH), ylim=(cells[-1].line + 1, 0))
@@ -1051,20 +1076,20 @@ CRITERION = "relevance, coherence, consistency and fluency"
 JUDGES = {"choices": ["rm", "gold", "llm", "human"]}
 MANY, NUMBER = {"nargs": "+"}, {"type": int}
 NEEDED, SWITCH = {"required": True}, {"action": "store_true"}
-OPTIONS = {  # {name: (default, what it is, and what else argparse must know)}
+OPTIONS = {  # default, help, and what else argparse must know
     "folder": ("", "the --out folder of ma_ppo.py"),
-    "--runs": ([], "run folders, or --out folders of ma_ppo.py", MANY | NEEDED),
+    "--runs": ([], "runs, or --out folders of ma_ppo.py", MANY | NEEDED),
     "--arms": ([], "only these arms, the first one the baseline", MANY),
     "--png": ("", "picture to write"),
-    "--versus": ("", "the arm to compare others with; empty: the first"),
+    "--versus": ("", "the arm to compare with; empty: the first"),
     "--margin": ([0.25, 0.1], "see above", {"nargs": 2, "type": float}),
     "--step": (0, "PPO step; at 0 all arms have sampled the same", NUMBER),
     "--sample": (0, "which sample of that step", NUMBER),
     "--prompts": (128, "how many held-out prompts", NUMBER),
     "--samples": (1, "samples of each prompt", NUMBER),
     "--temperature": ([], "0: greedy; none: the run's own", MANY | {"type": float}),
-    "--sft": (False, "the SFT models that runs started from, too", SWITCH),
-    "--references": (False, "human-written responses, too", SWITCH),
+    "--sft": (False, "the SFT models, too", SWITCH),
+    "--references": (False, "human responses, too", SWITCH),
     "--best_of": ([1, 2, 4, 8, 16], "n", MANY | NUMBER),
     "--k": ([1, 5], "k", MANY | NUMBER),
     "--a": ("", "a run folder", NEEDED),
@@ -1074,8 +1099,9 @@ OPTIONS = {  # {name: (default, what it is, and what else argparse must know)}
     "--judge_url": ("https://api.openai.com/v1", "llm: where it is"),
     "--criterion": (CRITERION, "what llm and human judge by"),
     "--responses": (16, "how many responses", NUMBER),
-    "--continuations": (4, "from each token, an even number", NUMBER),
-    "--device": ("", "cpu, cuda, ...; empty: cuda where there is one"),
+    "--continuations": (4, "from each token, even", NUMBER),
+    "--trained": (False, "the final policy and critic", SWITCH),
+    "--device": ("", "empty: cuda where there is one"),
 }
 SAMPLED = "--runs --prompts --temperature --sft --references --device "
 COMMANDS = {
@@ -1087,7 +1113,7 @@ COMMANDS = {
     bestofn: SAMPLED + "--best_of",
     passk: SAMPLED + "--samples --k",
     duel: "--a --b --judge --judge_model --judge_url --criterion --prompts --device",
-    credit: "--runs --responses --continuations --png --device",
+    credit: "--runs --responses --continuations --trained --png --device",
     horizon: "--runs",
 }
 

@@ -88,6 +88,7 @@ You may stop reading at Appendix A.
 import copy
 import gc
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -115,8 +116,8 @@ class Config(sft.Config):
         "trainings to compare: terminations of chapter 3, control (token with lam^(1/ngram)), rloo",
     )
     ngram: int = opt(5, "tokens in a macro action of `fixed` (paper: 5; programs: 10)", "--n")
-    sigma: Literal["equal", "last", "decay", "first"] = opt(
-        "equal", "value of a macro action (paper: equal)"
+    sigma: Literal["equal", "last", "decay", "first", "own"] = opt(
+        "equal", "value of a macro action (paper: equal); own: every token keeps its own"
     )
     steps: int = opt(60, "PPO steps: one rollout of the whole batch, then ppo_epochs updates")
     batch_size: int = opt(64, "responses per step, over all ranks (paper: 256)")
@@ -132,7 +133,7 @@ class Config(sft.Config):
     beta: float = opt(0.05, "weight of the KL penalty, reward per nat (paper: 0.05)")
     clip: float = opt(0.2, "PPO's clipping range, of the ratio and of the value (paper: 0.2)")
     ppo_epochs: int = opt(1, "updates per rollout (paper: 1; then no ratio is ever clipped)")
-    no_eos_score: float = opt(-4.0, "score of a response that does not end: a bad RM score")
+    no_eos_score: str = opt("-4", "score of a response that does not end; none: as it is")
     temperature: float = opt(1.0, "of sampling, and of every log-probability (paper: 0.8)")
     top_k: int = opt(0, "sample from the k likeliest tokens only (paper: 50); 0: from all")
     rloo_k: int = opt(4, "rloo: responses to each of batch_size / rloo_k prompts, in as many steps")
@@ -140,6 +141,7 @@ class Config(sft.Config):
     model: str = opt("", "what sft.py starts from, if OUT/sft has to be made")
     sft: str = opt("", "SFT model: policy and reference; empty: OUT/sft, made if missing")
     reward_model: str = opt("", "RM: the score, and the critic's start; empty: OUT/reward")
+    reward: str = opt("", "FILE.py:NAME, a function (prompts, responses, rows) -> scores: no RM")
     trust_programs: bool = opt(False, "apps: run programs without bubblewrap, under limits only")
     save_every: int = opt(20, "steps between checkpoints; 0: only at the end")
     # For studies: variants of the method that no default uses.
@@ -158,15 +160,16 @@ class Config(sft.Config):
 # Four models. The policy writes and learns. The reference is the policy as it was at the start. The
 # reward model scores whole responses. The critic guesses what score is to come; it *is* a copy of
 # the reward model, and learns on from there: what can be expected of a response is close to what it
-# will be scored. But the reward model was only ever read at the end of a response, and its level is
-# arbitrary: the first guesses are bad ones. Chapter 5 shows them.
+# will be scored. But the reward model was only ever read at the end of a response, and text without
+# an end looks broken to it: the first guesses are far too low. Chapter 5 shows them.
 
 
 def load_models(arm, cfg, device):
     """Policy and reference start from the SFT model, reward model and critic from the RM.
 
-    Programs have no RM: there the critic is the SFT model's trunk under a fresh head. `rloo` has no
-    critic. Returns ({name: model}, {name: optimizer} of the two that learn, tokenizer).
+    Programs, and a --reward, need no RM: there the critic is the SFT model's trunk under a fresh
+    head. `rloo` has no critic.
+    Returns ({name: model}, {name: optimizer} of the two that learn, tokenizer).
     """
     gc.collect()  # what is left of an arm or stage before would take a GPU's memory from this one
     policy, tokenizer = sft.load_causal_lm(cfg.sft, cfg.max_prompt + cfg.max_response)
@@ -174,7 +177,7 @@ def load_models(arm, cfg, device):
     for model in models.values():
         sft.prepare(model, cfg, device)
     others = {}
-    if cfg.task in sft.PROGRAMS:
+    if not has_rm(cfg):
         critic = reward.start_model(cfg)[0]
     else:
         critic = reward.ScalarModel.load(cfg.reward_model)
@@ -188,6 +191,11 @@ def load_models(arm, cfg, device):
     learning = [name for name in ("policy", "critic") if name in models]
     optimizers = {name: sft.make_optimizer(models[name]) for name in learning}
     return models, optimizers, tokenizer
+
+
+def has_rm(cfg):
+    """Whether a reward model gives the scores, and no unit tests or --reward."""
+    return cfg.task not in sft.PROGRAMS and not cfg.reward
 
 
 def train(arm, out, cfg, device):
@@ -210,6 +218,8 @@ def train(arm, out, cfg, device):
         # 2. The four models judge: how likely is each token, what is expected, what is the score?
         judged = judge(batch, models, cfg)  # logprobs, ref_logprobs, values: [B, T]
         scored = score(rollout, models, examples, tokenizer, cfg)  # scores: [B]
+        if step == 0:
+            check_no_eos_score(rollout, scored.scores, tokenizer, cfg)  # Appendix A
         clock.append(tick(device))
         # 3. The responses are cut into macro actions.
         starts, fallback = cut(arm, rollout, judged.ref_logprobs, tokenizer, cfg)  # [B, T]
@@ -230,17 +240,20 @@ def train(arm, out, cfg, device):
         losses = improve(lesson, models, optimizers, step, cfg)
         clock.append(tick(device))
 
+        # What is logged: Appendix B.
         row = {"step": step} | summary(rollout, judged, scored, seg, fallback, tokenizer)
         known = explained_variance(rewards, judged.values, mask) if "critic" in models else None
         row |= {"explained_variance": known} | losses
-        row |= speeds(batch, clock, cfg)  # Appendix B
+        row |= speeds(batch, clock, cfg)
         bar.set_postfix(rm_score=f"{row['rm_score']:.3f}", refresh=False)
         sft.log(out, row, cfg)
         if step % 10 == 0 or step == cfg.steps - 1:
             kept = sample_rows(step, rollout, scored, lesson, examples, tokenizer)
             sft.append(out / "samples.jsonl", *kept)
         sft.save_checkpoint(out, step + 1, cfg, models, optimizers)
-    sft.save_models([models["policy"], tokenizer], out / "model")
+    for name in optimizers:  # of the two that have learned; the critic can be a --reward_model
+        folder = out / {"policy": "model", "critic": "critic"}[name]
+        sft.save_models([models[name], tokenizer], folder)
     # From here on the folder is complete.
     sft.write_json(out / "run.json", {"config": asdict(cfg), "result": {"arm": arm}})
 
@@ -249,10 +262,17 @@ def train(arm, out, cfg, device):
 
 
 def choose_prompts(arm, prompts, step, cfg):
-    """This rank's share of the step's prompts; in `rloo` each comes rloo_k times."""
+    """This rank's share of the step's prompts; in `rloo` each comes rloo_k times.
+
+    `sample` counts how often a prompt has come in this step: every time with other noise.
+    """
     copies = cfg.rloo_k if arm == "rloo" else 1
     chosen = sft.batch_rows(prompts, step, cfg.batch_size // copies, cfg.seed)
-    examples = [example | {"sample": i} for example in chosen for i in range(copies)]
+    examples, seen = [], Counter()
+    for example in chosen:
+        for _ in range(copies):
+            examples.append(example | {"sample": seen[example["number"]]})
+            seen[example["number"]] += 1  # few prompts come several times, too
     return sft.my_share(examples)
 
 
@@ -268,9 +288,9 @@ class Rollout(NamedTuple):
 def sample(policy, examples, step, tokenizer, cfg):
     """Sample a response to each prompt -> `Rollout`.
 
-    The noise of a response is a function of (seed, step, prompt number), and in `rloo` of the
-    sample's number, of nothing else. So a run repeats itself exactly, on any number of ranks, and
-    arms that are given the same prompts meet the same luck.
+    The noise of a response is a function of (seed, step, prompt number), and where a prompt comes
+    again, of the sample's number, of nothing else. So a run repeats itself exactly, on any number
+    of ranks, and arms that are given the same prompts meet the same luck.
     """
     seeds = []
     for example in examples:
@@ -437,18 +457,19 @@ class Scored(NamedTuple):
 
 @torch.no_grad()
 def score(rollout, models, examples, tokenizer, cfg):
-    """The score of each response: the RM's, or that of its unit tests.  -> `Scored`
+    """The score of each response: the RM's, or that of unit tests or a --reward.  -> `Scored`
 
     A response that was cut before its end mark gets no_eos_score: the RM has never judged half an
     answer, and a policy that never stops must not be paid for it.
     """
     batch, gold, passed = rollout.batch, None, None
     stopped = ended(batch, tokenizer)  # [B]
-    if "problem" in examples[0]:
-        problems = [example["problem"] for example in examples]
-        scores = torch.tensor(reward.program_rewards(rollout.texts, problems))  # [B]
+    if not has_rm(cfg):
+        function = reward.own_reward(cfg.reward) if cfg.reward else reward.unit_test_scores
+        prompts = [example["text"] for example in examples]
+        scores = torch.tensor(function(prompts, rollout.texts, examples))  # [B]
         scores = scores.to(stopped.device)
-        passed = (scores == 1) & stopped  # [B]
+        passed = None if cfg.reward else (scores == 1) & stopped  # [B]
     else:
         parts = sft.micro_slices(len(examples), cfg.micro_batch_size)
         rm = models["reward"]
@@ -456,7 +477,9 @@ def score(rollout, models, examples, tokenizer, cfg):
     if cfg.task == "toy":
         pairs = zip(examples, rollout.texts, strict=True)
         gold = torch.tensor([reward.gold_score(row["facts"], text) for row, text in pairs])  # [B]
-    return Scored(torch.where(stopped, scores, cfg.no_eos_score), gold, passed)
+    if cfg.no_eos_score != "none":
+        scores = torch.where(stopped, scores, float(cfg.no_eos_score))  # [B]
+    return Scored(scores, gold, passed)
 
 
 def ended(batch, tokenizer):
@@ -507,7 +530,8 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))  # [B, T]
 
 
-# Step 5. Credit. These two functions are what the paper is about: read them side by side.
+# Step 5. Credit. The first two functions are what the paper is about: read them side by side. The
+# third does one half of what the second does: fewer factors lambda, and no pooled values.
 
 
 def token_gae(rewards, values, mask, gamma, lam):
@@ -551,17 +575,41 @@ def macro_gae(rewards, values, mask, seg, gamma, lam, value_pooling="equal", rew
     return A.gather(1, seg) * mask, targets.gather(1, seg) * mask
 
 
+def own_gae(rewards, values, mask, seg, gamma, lam):
+    """Macro actions without pooling: lambda counts only where one begins (arXiv 2601.07320).
+
+    rewards, values, mask: [B, T]; seg: LongTensor [B, T]; gamma: per token. Within a macro action
+    news travels undiminished, and every token keeps its own value. Returns (advantages, targets),
+    [B, T]. The primer's response, lam = 0.5: A_5 = 2, A_4 = (0 + 1 - 2) + 0.5 x 2 = 0,
+    A_3 = (0 + 2 - 1) + 0 = 1, A_2 = (0 + 1 - 0) + 1 = 2, A_1 = (-1 + 0 - 3) + 0.5 x 2 = -3.
+
+    >>> rewards = torch.tensor([[0.0, -1, 0, 0, 0, 3]])
+    >>> values = torch.tensor([[1.0, 3, 0, 1, 2, 1]])
+    >>> seg = torch.tensor([[0, 0, 1, 1, 1, 2]])
+    >>> own_gae(rewards, values, torch.ones(1, 6), seg, gamma=1.0, lam=0.5)[0].tolist()
+    [[-1.0, -3.0, 2.0, 1.0, 0.0, 2.0]]
+    """
+    R = torch.where(mask.bool(), rewards, 0)  # [B, T]
+    V = torch.where(mask.bool(), values, 0)  # [B, T]
+    begins = shift(seg) != seg  # [B, T], whether the next token begins a macro action
+    factor = torch.full_like(R, gamma).masked_fill(begins, gamma * lam)  # [B, T]
+    A = discounted_sum(R + gamma * shift(V) - V, factor)  # [B, T]
+    targets = A + V  # [B, T]
+    return A * mask, targets * mask
+
+
 def shift(x):
     """Every column replaced by the one after it, the last by 0.  [B, N] -> [B, N]"""
     return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1)  # [B, N]
 
 
 def discounted_sum(x, factor):
-    """y_i = x_i + factor * y_{i+1} along each row, from the end.  [B, N] -> [B, N]"""
+    """y_i = x_i + factor_i * y_{i+1} along each row, from the end.  [B, N], number or [B, N]"""
     y = torch.zeros_like(x)  # [B, N]
+    factor = factor if torch.is_tensor(factor) else torch.full_like(x, factor)  # [B, N]
     running = torch.zeros_like(x[:, 0]) if x.shape[1] else None  # [B]
     for i in reversed(range(x.shape[1])):
-        running = x[:, i] + factor * running
+        running = x[:, i] + factor[:, i] * running
         y[:, i] = running
     return y
 
@@ -578,11 +626,13 @@ def assign_credit(arm, rewards, values, seg, mask, cfg):
 
 
 def estimate(arm, rewards, values, seg, mask, lam, cfg):
-    """Advantages and targets by `token_gae` or `macro_gae`, whichever the arm uses.  All [B, T]."""
+    """Advantages and targets by the one of the three that the arm uses.  All [B, T]."""
     if arm == "token":
         return token_gae(rewards, values, mask, cfg.gamma, lam)
     if arm == "control":  # the horizon of macro actions of ngram tokens, without macro actions
         return token_gae(rewards, values, mask, cfg.gamma, lam ** (1 / cfg.ngram))
+    if cfg.sigma == "own":
+        return own_gae(rewards, values, mask, seg, cfg.gamma, lam)
     return macro_gae(rewards, values, mask, seg, cfg.gamma, lam, cfg.sigma, cfg.macro_reward)
 
 
@@ -777,7 +827,7 @@ def load_prompts(tokenizer, cfg):
     encoded = sft.encode(rows, tokenizer, cfg, ["prompt"])
     prompts = []
     for number, (row, ids) in enumerate(zip(rows, encoded, strict=True)):
-        known = {name: row[name] for name in ("facts", "problem") if name in row}
+        known = {name: row[name] for name in ("facts", "problem", "raw") if name in row}
         prompts.append({"number": number, "text": row["prompt"], "prompt": ids["prompt"]} | known)
     return prompts
 
@@ -809,6 +859,22 @@ def check_sampling(policy, prompts, tokenizer, cfg):
         sft.fail(f"--sft {cfg.sft}: a {name} samples other tokens with its cache than without")
 
 
+def check_no_eos_score(rollout, scores, tokenizer, cfg):
+    """Refuse a score for not ending that pays better than ending, as this first rollout scores.
+
+    Reward models have their zero where they like. scores: [B].
+    """
+    stopped = ended(rollout.batch, tokenizer)  # [B]
+    found = torch.tensor(sft.gather(scores[stopped].tolist()), dtype=torch.float64)  # [all ended]
+    if cfg.no_eos_score == "none" or cfg.task in sft.PROGRAMS or not len(found):
+        return
+    mean, spread = float(found.mean()), float(found.std(correction=0))
+    if float(cfg.no_eos_score) >= mean:
+        paid = f"--no_eos_score {cfg.no_eos_score} pays for not ending; responses that end score"
+        lower = f"{mean - max(1.0, 2 * spread):.1f}"
+        sft.fail(f"{paid} {mean:.2f} on average: set --no_eos_score {lower}, or none")
+
+
 # Settings that a stage takes over; and those in which a finished stage must agree with this run.
 SHARED = (
     *("seed", "split", "chat_template", "max_prompt", "max_response", "model", "device"),
@@ -820,10 +886,10 @@ SHAPING = ("task", "data", "split", "chat_template", "max_prompt", "max_response
 def build_missing_stages(cfg):
     """Run the earlier chapters, with their own defaults, for models that do not exist yet."""
     if not cfg.sft:
-        cfg.sft = str(Path(cfg.out) / "sft")
+        cfg.sft = os.path.abspath(Path(cfg.out) / "sft")
         run_stage(sft, cfg.sft, cfg)
-    if not cfg.reward_model and cfg.task not in sft.PROGRAMS:
-        cfg.reward_model = str(Path(cfg.out) / "reward")
+    if not cfg.reward_model and has_rm(cfg):
+        cfg.reward_model = os.path.abspath(Path(cfg.out) / "reward")
         run_stage(reward, cfg.reward_model, cfg, "--sft", cfg.sft)
 
 
@@ -851,10 +917,8 @@ def check_stage(out, stage):
     made = sft.read_json(Path(out) / "run.json")["config"]
     for name in SHAPING:
         old, new = made.get(name), getattr(stage, name)
-        if name == "data":
-            old, new = [[os.path.realpath(path) for path in files] for files in (old, new)]
         if old != new:
-            was = f"--{name} {made.get(name)!r}, not {getattr(stage, name)!r}"
+            was = f"--{name} {old!r}, not {new!r}"
             sft.fail(f"{out} was made with {was}: choose another --out, or remove it")
     # A short trial should not pass unnoticed.
     size = f"{made['steps']} steps of {made['batch_size']}"
@@ -885,6 +949,7 @@ def draw_curves(folders, cfg):
 #     macro_actions, macro_length   per response; tokens in one
 #     parse_fallback                share of sentences or programs that could not be parsed
 #     entropy                       of the policy's next token, nats
+#     ref_surprise                  of a token: -log pi_ref, how strange the reference finds it
 #     explained_variance            of the rewards to come, by the critic: see the function
 #     policy_loss, value_loss       their slopes are used; their values say little
 #     clip_fraction                 share of the ratios outside 1 +- clip; 0 with one update
@@ -935,6 +1000,7 @@ def summary(rollout, judged, scored, seg, fallback, tokenizer):
         "eos_rate": ended(rollout.batch, tokenizer),
         "macro_actions": seg.max(1).values + 1,
         "entropy": judged.entropy.sum(1),
+        "ref_surprise": -judged.ref_logprobs.sum(1),
     }
     row = {}
     for name, column in columns.items():
@@ -946,7 +1012,8 @@ def summary(rollout, judged, scored, seg, fallback, tokenizer):
         if name.endswith("_score"):
             row[f"{name}_std"] = spread
     row["macro_length"] = row["response_length"] / row["macro_actions"]
-    row["entropy"] /= row["response_length"]
+    for name in ("entropy", "ref_surprise"):
+        row[name] /= row["response_length"]
     row["parse_fallback"] = float(sft.all_sum(fallback)) / sft.world()
     return row
 
@@ -1003,8 +1070,15 @@ def parse(argv):
             sft.fail(f"--{name} must be from 0 to 1, got {getattr(cfg, name)}")
     if not cfg.epochs and cfg.critic_steps >= cfg.steps:
         sft.fail(f"--critic_steps must be below --steps {cfg.steps}, got {cfg.critic_steps}")
-    if cfg.sft and not (Path(cfg.sft) / "config.json").is_file():
-        sft.fail(f"--sft must be a model's folder, got {cfg.sft!r}")
+    try:
+        known = math.isfinite(float(cfg.no_eos_score))
+    except ValueError:
+        known = cfg.no_eos_score == "none"
+    if not known:
+        sft.fail(f"--no_eos_score must be a number or none, got {cfg.no_eos_score!r}")
+    if cfg.reward:
+        cfg.reward = os.path.abspath(cfg.reward)
+        reward.own_reward(cfg.reward)  # it is there
     if cfg.task in sft.PROGRAMS:
         reward.check_sandbox(cfg.task, cfg.trust_programs)
     check_arms(cfg)
@@ -1036,8 +1110,8 @@ def check_arms(cfg):
 def check_reward_model(cfg):
     """Refuse a reward model that is none, or one where unit tests give the reward."""
     folder = cfg.reward_model
-    if folder and cfg.task in sft.PROGRAMS:
-        sft.fail(f"--reward_model: unit tests give the reward of --task {cfg.task}")
+    if folder and not has_rm(cfg):
+        sft.fail("--reward_model: here unit tests, or --reward, give the scores")
     if folder and not (Path(folder) / reward.HEAD).is_file() and not reward.is_classifier(folder):
         kinds = "a folder of reward.py, or a sequence classifier with one label"
         sft.fail(f"--reward_model must be {kinds}, got {folder!r}")

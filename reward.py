@@ -21,7 +21,8 @@ Contents
     the story     Config, the model, where the score sits, the loss, main, the measures
     Appendix A    the toy's true quality and its noisy judge
     Appendix B    programs: unit tests as the reward, run in a sandbox
-    Appendix C    reward models that others have published
+    Appendix C    other people's rewards: functions, published reward models
+    Appendix D    how sure a share is: intervals
 You may stop reading at Appendix A.
 """
 
@@ -29,6 +30,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -206,15 +208,17 @@ def load_pairs(cfg, share):
 
 def start_model(cfg):
     """The SFT trunk under a fresh scalar head, and the SFT tokenizer."""
-    if not Path(cfg.sft).is_dir():
-        command = f"python sft.py --task {cfg.task} --out {cfg.sft}"
-        sft.fail(f"--sft {cfg.sft}: no such folder; make one with {command}")
     torch.manual_seed(cfg.seed)  # the head's
     model = ScalarModel.load(cfg.sft)
     tokenizer = sft.load_tokenizer(cfg.sft)
-    if len(tokenizer) > model.trunk.get_input_embeddings().num_embeddings:
-        sft.fail(f"{cfg.sft}: the tokenizer has no PAD of its own; make the folder with sft.py")
+    make_room(model, tokenizer)  # for a PAD that it may just have been given
     return model, tokenizer
+
+
+def make_room(model, tokenizer):
+    """Give a model an embedding for each of the tokenizer's tokens."""
+    if len(tokenizer) > model.trunk.get_input_embeddings().num_embeddings:
+        model.trunk.resize_token_embeddings(len(tokenizer))
 
 
 @torch.no_grad()
@@ -241,25 +245,29 @@ def evaluate(model, rows, tokenizer, cfg):
     pad, size = tokenizer.pad_token_id, 2 * cfg.micro_batch_size
     scores = score_all(model, chosen + rejected, pad, size)
     margins = [a - b for a, b in zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)]
-    right = [margin > 0 for margin in margins]
+    right = [(row["prompt"], margin > 0) for row, margin in zip(rows, margins, strict=True)]
     result = {"pairs": len(right), "accuracy": accuracy(right, "the labels as given")}
     if cfg.task == "toy":
         right = []
         for margin, row in zip(margins, rows, strict=True):
             chosen, rejected = (gold_score(row["facts"], row[name]) for name in PAIR[1:])
             if chosen != rejected:
-                right.append((margin > 0) == (chosen > rejected))
+                right.append((row["prompt"], (margin > 0) == (chosen > rejected)))
         result["pairs_noiseless"] = len(right)
         result["accuracy_noiseless"] = accuracy(right, "noiseless labels")
     return result
 
 
 def accuracy(right, labels):
-    """The share of pairs in which the RM is right; prints it with its 95 % interval."""
-    share, count = sum(right) / len(right), len(right)
-    low, high = wilson_interval(sum(right), count)
+    """The share of pairs in which the RM is right; prints it with its 95 % interval.
+
+    right: (prompt, whether the RM is right) of each pair.
+    """
+    share = fmean(is_right for _, is_right in right)
+    count = effective_count(right, share)  # of independent pairs: Appendix D
+    low, high = wilson_interval(share * count, count)
     interval = f"95 % interval {low:.3f} to {high:.3f}"
-    print0(f"RM: accuracy {share:.3f} ({interval}) on {count} held-out pairs, {labels}")
+    print0(f"RM: accuracy {share:.3f} ({interval}) on {len(right)} held-out pairs, {labels}")
     return share
 
 
@@ -276,23 +284,6 @@ def center(model, rows, tokenizer, cfg):
         model.head.bias -= sum(scores) / len(scores)
     bias = model.head.bias.detach()
     return float(bias.full_tensor() if isinstance(bias, DTensor) else bias)
-
-
-def wilson_interval(wins, count):
-    """The 95 % interval of a share, of which `wins` of `count` were seen (Wilson, 1927).
-
-    Unlike share +- 2 standard errors it stays within 0 and 1, and has a width at 0 of 10.
-
-    >>> low, high = wilson_interval(0, 10)
-    >>> f"{low:.3f} to {high:.3f}"
-    '0.000 to 0.278'
-    """
-    z = 1.959964  # standard errors that hold 95 % of a normal distribution
-    share = wins / count
-    middle = share + z * z / (2 * count)
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
 
 
 # Appendix A. The toy's true quality, and its noisy judge.
@@ -414,6 +405,11 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from functools import cache
+
+
+def unit_test_scores(prompts, responses, rows):
+    """The rewards of responses that are programs, as a --reward has them: Appendix C."""
+    return program_rewards(responses, [row["problem"] for row in rows])
 
 
 def program_rewards(programs, problems, timeout=4.0):
@@ -697,12 +693,45 @@ for line in jobs:
 '''
 
 
-# Appendix C. Reward models that others have published.
+# Appendix C. Other people's rewards.
 #
-# Nearly all of them are AutoModelForSequenceClassification with one label: the same trunk and head
-# as ours under other names, and read at the last token too.
+# Your own may be a Python function (prompts, responses, rows) -> scores: lists of texts, of texts,
+# of the rows as they were read, with all their fields, and of numbers. Published reward models are
+# nearly all AutoModelForSequenceClassification with one label: the same trunk and head as ours
+# under other names, and read at the last token too.
+
+import importlib.util
 
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+
+@cache
+def own_reward(name):
+    """The function that --reward FILE.py:NAME means, of (prompts, responses, examples)."""
+    path, _, function = name.rpartition(":")
+    if not path.endswith(".py") or not Path(path).is_file():
+        sft.fail(f"--reward must be FILE.py:NAME, got {name!r}")
+    spec = importlib.util.spec_from_file_location("own_reward", path)
+    module = sys.modules["own_reward"] = importlib.util.module_from_spec(spec)
+    sys.path.append(os.path.dirname(os.path.abspath(path)))  # it may import its neighbours
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        sft.fail(f"--reward {name}: {path} has no function {function}")
+
+    def scores_of(prompts, responses, examples):
+        rows = [example.get("raw", example) for example in examples]
+        scores = getattr(module, function)(prompts, responses, rows)
+        try:
+            scores = [float(score) for score in scores]
+        except (TypeError, ValueError):  # it may have forgotten its return
+            sft.fail(f"--reward {name}: these are no numbers: {scores!r:.99}")
+        if len(scores) != len(responses):
+            sft.fail(f"--reward {name}: {len(scores)} scores for {len(responses)} responses")
+        if not all(map(math.isfinite, scores)):
+            sft.fail(f"--reward {name}: a score is not finite: {scores}"[:200])
+        return scores
+
+    return scores_of
 
 
 def is_classifier(folder):
@@ -732,8 +761,43 @@ def check_vocabulary(model, folder, tokenizer):
     for token, number in tokenizer.get_vocab().items():
         if theirs.get(token) != number and number != tokenizer.pad_token_id:
             sft.fail(f"--reward_model {folder} reads another vocabulary: {token!r} is not {number}")
-    if len(tokenizer) > model.trunk.get_input_embeddings().weight.shape[0]:
-        model.trunk.resize_token_embeddings(len(tokenizer))
+    make_room(model, tokenizer)
+
+
+# Appendix D. How sure a share is.
+
+
+def effective_count(right, share):
+    """How many independent pairs would say as much: pairs about one prompt may be much alike.
+
+    The share's variance is estimated from the prompts' errors, and compared with that of
+    independent pairs, share (1 - share) / count.
+    """
+    errors = {}  # {prompt: sum over its pairs}
+    for prompt, is_right in right:
+        errors[prompt] = errors.get(prompt, 0.0) + is_right - share
+    prompts = len(errors)
+    squares = sum(error**2 for error in errors.values()) * prompts / max(1, prompts - 1)
+    if squares == 0:
+        return prompts
+    return min(len(right), share * (1 - share) * len(right) ** 2 / squares)
+
+
+def wilson_interval(wins, count):
+    """The 95 % interval of a share, of which `wins` of `count` were seen (Wilson, 1927).
+
+    Unlike share +- 2 standard errors it stays within 0 and 1, and has a width at 0 of 10.
+
+    >>> low, high = wilson_interval(0, 10)
+    >>> f"{low:.3f} to {high:.3f}"
+    '0.000 to 0.278'
+    """
+    z = 1.959964  # standard errors that hold 95 % of a normal distribution
+    share = wins / count
+    middle = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
 
 
 if __name__ == "__main__":

@@ -197,14 +197,16 @@ class Responses:
         return self.aligned
 
 
+# A sentence goes on to its mark, in any script, and white space (which Chinese and Japanese do
+# without), or to the end of its line.
+SENTENCE_END = r"(?:[.!?؟۔।॥፧።։။។།][\"'”’“»)\]]*\s|[。！？．｡]++[”’」』）]*+|[\n\r])\s*(?=\S)"
 TERMINATIONS = {
     "token": lambda responses: fixed_starts(responses.mask, 1),
     "fixed": lambda responses: fixed_starts(responses.mask, responses.ngram),
     "random": lambda responses: random_starts(responses.mask, responses.seeds),
     "perplexity": lambda responses: perplexity_starts(responses.mask, responses.ref_logprobs),
     "parsing": lambda responses: parse_starts(responses, spacy_parser()),
-    # A sentence goes on to . ! or ? and white space, or to the end of its line.
-    "sentence": lambda responses: cut_after(responses, r"(?:[.!?][\"'”’)\]]*\s|[\n\r])\s*(?=\S)"),
+    "sentence": lambda responses: cut_after(responses, SENTENCE_END),
     "word": lambda responses: cut_after(responses, r"\s+(?=\S)"),
     "ast": lambda responses: ast_starts(responses),
     "whole": lambda responses: fixed_starts(responses.mask, float("inf")),
@@ -333,6 +335,10 @@ def statement_positions(text):
         with warnings.catch_warnings(action="ignore"):  # of "\d" in a sample nobody need know
             tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
+        block = re.search(r"^ *```[^\n]*\n(.*?)(^ *```|\Z)", text, re.MULTILINE | re.DOTALL)
+        inside, readable = statement_positions(block[1]) if block else ([], False)
+        if readable:  # Markdown, whose first block is what the unit tests would run
+            return [*(block.start(1) + place for place in inside), block.end(1)], True
         return [match.end() for match in re.finditer(r"[\n\r]\s*(?=\S)", text)], False
     lines = code.split("\n")
     # The tree holds no node for these two. Lines are counted from 0 here, from 1 in the tree.

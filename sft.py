@@ -431,11 +431,9 @@ def train(cfg):
 
 # Appendix A. Runs that are not lost.
 #
-# Noise is a pure function of (seed, step, prompt), and data order and schedules are pure functions
-# of the step. So weights, optimizer state and the step are all that it takes to go on as if nothing
-# had happened. OUT/checkpoints/step-000020 holds the state after 20 steps. It is written under
-# another name, and gets its own when all of it is there; only then the oldest one goes. Whenever a
-# run is killed, one checkpoint is complete, and no more than the steps since then are lost.
+# Noise, data order and schedules are pure functions of seed and step. So weights, optimizer state
+# and the step are all that it takes to go on as if nothing had happened. A checkpoint gets its name
+# when all of it is there, and only then the oldest one goes: one is complete at any moment.
 
 import importlib
 import json
@@ -452,7 +450,6 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one proces
 LOGS = ("metrics.jsonl", "samples.jsonl")
 # Settings that cannot change a result: nothing is said where a run goes on with others.
 FREE = {"out", "arms", "steps", "resume", "save_every", "keep", "track", "device"}
-held_locks = []  # locks on run folders, held until this process ends
 
 
 def claim(folder):
@@ -462,10 +459,10 @@ def claim(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.resolve() / "run.lock", is_singleton=True)
         try:
-            lock.acquire(blocking=False)  # the system unlocks it, even after kill -9
+            lock.acquire(blocking=False)
         except Timeout:
             fail(f"another run writes to {folder}")
-        held_locks.append(lock)
+        atexit.register(lock.release)  # the system does it after kill -9
     barrier()
     return folder
 
@@ -475,17 +472,19 @@ def finished(out, cfg):
     if not cfg.resume or not (out / "run.json").exists():
         return False
     made = read_json(out / "run.json")["config"]
-    enough = made["steps"] >= cfg.steps or cfg.epochs  # epochs set the steps, later
-    if made["epochs"] != cfg.epochs or not enough:
-        return False
-    print0(f"{out} is already finished{other_settings(cfg, made)}")
-    return True
+    what = "epochs" if cfg.epochs else "steps"
+    enough = made[what] >= getattr(cfg, what)
+    if enough:
+        print0(f"{out} is already finished{other_settings(cfg, made)}")
+    return enough
 
 
 def other_settings(cfg, made):
     """In words, which settings differ from those that something was `made` with."""
-    now = asdict(cfg)
-    changed = [f"--{name}" for name in now if name not in FREE and made.get(name) != now[name]]
+    changed = []
+    for name, now in asdict(cfg).items():
+        if name not in FREE and made.get(name) != now:
+            changed.append(f"--{name}")
     return f", with other {', '.join(changed)}" if changed else ""
 
 
@@ -511,9 +510,10 @@ def begin(out, cfg, models, optimizers):
         if not saved:
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
         for path in [out / name for name in LOGS if (out / name).exists()]:
-            lines = path.read_text().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]  # one may be cut short
-            write(path, "".join(line for line in whole if json.loads(line)["step"] < first))
+            *lines, _ = path.read_text().split("\n")  # the last one is empty, or was cut short
+            new = path.with_suffix(".tmp")
+            new.write_text("".join(x + "\n" for x in lines if json.loads(x)["step"] < first))
+            new.rename(path)
         if cfg.track:
             tracker = importlib.import_module(cfg.track)
             tracker.init(project="ma-rlhf", name=str(out), config=asdict(cfg))
@@ -529,8 +529,7 @@ def steps(first, cfg, name):
 
 def save_checkpoint(out, done, cfg, models, optimizers):
     """Every --save_every steps, and after the last, write OUT/checkpoints/step-`done`."""
-    due = cfg.save_every and done % cfg.save_every == 0
-    if not due and done < cfg.steps:
+    if done < cfg.steps and (not cfg.save_every or done % cfg.save_every):
         return
     unfinished = out / "checkpoints" / "unfinished"
     if rank() == 0:
@@ -590,16 +589,11 @@ def read_json(path):
 
 
 def write_json(path, value):
-    """Write a JSON file on rank 0."""
+    """Write a JSON file on rank 0, in one move: nobody will ever see half of it."""
     if rank() == 0:
-        write(path, json.dumps(value, indent=2) + "\n")
-
-
-def write(path, text):
-    """Write a file in one move: nobody will ever see half of it."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.rename(path)
+        new = path.with_suffix(".tmp")
+        new.write_text(json.dumps(value, indent=2) + "\n")
+        new.rename(path)
 
 
 def save_models(parts, out):
@@ -616,13 +610,10 @@ def save_models(parts, out):
 
 # Appendix B. Settings.
 #
-# Every setting is a flag. What a task or --model changes in the defaults is nothing but flags in
-# front of those on the command line, and of two equal flags the last one wins. So what you type
-# always counts, and --help shows all that is put in front.
+# Every setting is a flag. A task or --model puts flags in front of those that you type, and of two
+# equal ones the last one wins: what you type always counts. --help shows what is put in front.
 
 import argparse
-import importlib.util
-import shlex
 
 from transformers import HfArgumentParser
 
@@ -633,8 +624,7 @@ TEXT = {
     "reward": f"{SMALL} --steps 100 --batch_size 16 --lr 2e-4",
     "ma_ppo": f"{SMALL} --steps 40 --batch_size 32 --lr 2e-4 --critic_lr 2e-4",
 }
-# Programs have no reward model: unit tests give the score, and that of no program at all is -1.
-NO_RM = "--split 20 0 80"
+NO_RM = "--split 20 0 80"  # programs need no reward model, and get at least -1
 TESTED = f"{NO_RM} --arms token fixed ast --ngram 10 --no_eos_score -1"
 TASK_FLAGS = {  # {task: {chapter: flags}}
     **dict.fromkeys(("tldr", "hh", "webgpt", "plain"), TEXT),
@@ -646,13 +636,12 @@ TASK_FLAGS = {  # {task: {chapter: flags}}
     "apps": {"sft": f"{TEXT['sft']} {NO_RM}", "ma_ppo": f"{TEXT['ma_ppo']} {TESTED}"},
 }
 PROGRAMS = ("toy-code", "apps")
-# A pretrained model would forget what it knows at the rates of a small new one: with --model, those
-# of the paper's 2B model are put in front, and micro-batches that leave room in memory.
-PRETRAINED = {
+PRETRAINED = {  # a pretrained model would forget what it knows at the rates of a small new one
     "sft": "--micro_batch_size 8 --lr 5e-5",
     "reward": "--micro_batch_size 8 --lr 1e-5",
     "ma_ppo": "--micro_batch_size 8 --lr 1.5e-5 --critic_lr 1.5e-5",
 }
+PATHS = {"data", "model", "sft", "reward_model"}  # settings that name files or folders
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -662,27 +651,45 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def parse(config_class, chapter, argv=None):
     """A chapter's `Config`: its defaults, then the flags of task and model, then `argv`."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    in_front = [f"  --task {task}: {flags.get(chapter)}" for task, flags in TASK_FLAGS.items()]
+    in_front = [f"--task {task}: {flags.get(chapter)}" for task, flags in TASK_FLAGS.items()]
+    in_front.append(f"--model: {PRETRAINED[chapter]}")
     parser = HfArgumentParser(
         config_class,
         description=sys.modules[config_class.__module__].__doc__.split("\n")[0],
-        epilog="\n".join(["put in front of your flags:", *in_front, f"  {PRETRAINED[chapter]}"]),
+        epilog="\n  ".join(["put in front of your flags:", *in_front]),
         formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30),
         allow_abbrev=False,
     )
     parser.error = fail
     typed = parser.parse_args(argv)
+    flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    for name, value in vars(typed).items():
+        if isinstance(value, list) and flags.count(f"--{name}") > 1:
+            fail(f"--{name} is given twice: put all of its values behind one")
     front = TASK_FLAGS[typed.task].get(chapter, "")
     if typed.model:
         front += f" {PRETRAINED[chapter]}"
-    cfg = config_class(**vars(parser.parse_args(shlex.split(front) + argv)))
+    if getattr(typed, "reward", ""):
+        front += f" {NO_RM}"
+    cfg = config_class(**vars(parser.parse_args(front.split() + argv)))
+    for name in PATHS & vars(cfg).keys():
+        value = getattr(cfg, name)
+        several = isinstance(value, list)
+        setattr(cfg, name, [*map(absolute, value)] if several else absolute(value))
     if not cfg.out:
         cfg.out = str(Path("runs") / cfg.task / ("" if chapter == "ma_ppo" else chapter))
-    check(cfg)
+    if [flag for flag in flags if flag in ("--steps", "--epochs")][-1:] == ["--steps"]:
+        cfg.epochs = 0.0  # of the two, what is typed last counts
+    check(cfg, chapter)
     return cfg
 
 
-def check(cfg):
+def absolute(path):
+    """A path that means the same from every folder; hub names stay as they are."""
+    return os.path.abspath(path) if os.path.exists(path) else path
+
+
+def check(cfg, chapter):
     """Refuse settings that cannot work, before anything is computed."""
     for name in ("steps", "batch_size", "micro_batch_size", "lr", "max_prompt", "max_response"):
         if not 0 < getattr(cfg, name) < math.inf:
@@ -699,22 +706,17 @@ def check(cfg):
     if cfg.shard and ranks == 1:
         fail("--shard splits models among ranks: start two with torchrun --nproc_per_node=2")
     if cfg.batch_size % ranks:
-        fail(f"--batch_size {cfg.batch_size} is not divisible by the number of ranks, {ranks}")
-    if cfg.track and importlib.util.find_spec(cfg.track) is None:
-        fail(f"--track {cfg.track} needs: pip install {cfg.track}")
+        fail(f"{chapter}.py: --batch_size {cfg.batch_size} is not divisible by {ranks} ranks")
 
 
 # Appendix C. Models.
 #
-# How models are loaded, in which precision they multiply, and whether they are split among GPUs, is
-# decided here, once, before training. All of them stay in eval mode, so that dropout is off: PPO
-# compares the probability of a token now with that when it was sampled, and with dropout the two
-# would differ before anything was learned.
+# All models stay in eval mode, so that dropout is off: PPO compares the probability of a token now
+# with that when it was sampled, and the two must not differ before anything is learned.
 
 import ctypes
 
 import transformers
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -726,38 +728,34 @@ transformers.logging.disable_progress_bar()
 
 def load_or_fail(from_pretrained, path, **options):
     """Call a `from_pretrained`; a failure becomes one line that names the path."""
-    no_hub_name = str(path).count("/") != 1 or str(path).startswith((".", "/"))
-    if no_hub_name and "/" in str(path) and not Path(path).exists():
-        fail(f"cannot load {path}: there is no such folder")
-    kinds = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+    no_hub_name = str(path).count("/") != 1 or Path(path).parent.is_dir()
+    if "/" in str(path) and no_hub_name and not Path(path).exists():
+        fail(f"cannot load {path}: no such folder")
     try:
         return from_pretrained(path, **options)
-    except kinds as error:  # nothing there, half a download, shapes that differ, a missing package
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        fail(f"cannot load {path}: {reason[0]}")
+    except Exception as error:  # nothing there, half a download, a missing package ...
+        reason = str(error).strip().split("\n")[0]
+        fail(f"cannot load {path}: {reason or type(error).__name__}")
 
 
 def load_model(auto_class, path):
-    """The transformer at `path`, a folder or hub name, in float32 and eval mode.
-
-    auto_class: transformers' AutoModelForCausalLM, or AutoModel for the trunk alone.
-    """
+    """The transformer at `path`, folder or hub name, in float32; auto_class: an AutoModel...."""
     if Path(path, "adapter_config.json").exists():
         fail(f"{path} holds a LoRA adapter: save what peft's merge_and_unload makes of it first")
+    stored = load_or_fail(transformers.AutoConfig.from_pretrained, path).dtype
+    if stored not in (None, torch.float32):
+        print0(f"{path}: {stored}; it learns, and is saved, in float32: small updates would vanish")
     options = {"dtype": torch.float32, "output_loading_info": True}
     model, report = load_or_fail(auto_class.from_pretrained, path, **options)
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])[0]
+    for missing in sorted(report["missing_keys"]):
         fail(f"{path} holds no {auto_class.__name__.removeprefix('AutoModelFor')}: no {missing}")
     return model.eval()
 
 
 def load_causal_lm(path, length=0):
-    """The causal LM at `path` and its tokenizer, which agree on the vocabulary.
+    """The causal LM at `path`, with room for `length` tokens, and its tokenizer.
 
-    length: tokens that prompt and response may take together; refused where the model has fewer
-    positions. `unused_ids` are those that stand for no token: Qwen has more embeddings than tokens.
-    They were never trained, and must not be sampled; nor must a PAD that has just been added.
+    `unused_ids` must not be sampled: embeddings without a token, as Qwen has them, and a new PAD.
     """
     model = load_model(transformers.AutoModelForCausalLM, path)
     tokenizer = load_tokenizer(path)  # Appendix D
@@ -770,8 +768,11 @@ def load_causal_lm(path, length=0):
     if tokenizer.pad_token == OWN_PAD:
         tokens.discard(tokenizer.pad_token_id)
     count = model.get_input_embeddings().num_embeddings
-    model.unused_ids = [number for number in range(count) if number not in tokens]
+    model.unused_ids = [i for i in range(count) if i not in tokens]
     model.config.pad_token_id = tokenizer.pad_token_id
+    # `model.generate` shall stop where we do, and no repetition penalty shall make it write others.
+    special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
+    model.generation_config = transformers.GenerationConfig(eos_token_id=tokenizer.ends, **special)
     return model, tokenizer
 
 
@@ -790,8 +791,7 @@ def start_model(cfg, rows):
         num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=max(1024, cfg.max_prompt + cfg.max_response),
-        # With the usual 0.02 the toy's model does not learn to copy from the post in time.
-        initializer_range=0.1 if toy else 0.02,
+        initializer_range=0.1 if toy else 0.02,  # or the toy's learns to copy too late
         bos_token_id=None,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -806,9 +806,8 @@ def small_tokenizer(task, texts):
     options = {"special_tokens": ["<pad>", "<eos>", "<unk>"], "show_progress": False}
     if task == "toy":
         tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
-        # " in oslo." -> "▁in", "▁oslo", "."
         words = [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)  # "▁in", "▁oslo", "."
         tokenizer.decoder = decoders.Metaspace()
         trainer = trainers.WordLevelTrainer(**options)
     else:
@@ -825,15 +824,12 @@ def small_tokenizer(task, texts):
 
 
 def prepare(model, cfg, device):
-    """Put a model where it will be used, as --precision, --shard and the like say.
-
-    A model is frozen where its parameters want no gradient: reference and reward model in PPO.
-    """
+    """Put a model where it will be used, as --precision, --shard and the like say."""
     if not cfg.shard:
         model.to(device)
     broadcast_parameters(model)  # all ranks start equal
     trunk = getattr(model, "trunk", model)  # a reward model's transformer, without its head
-    frozen = not next(model.parameters()).requires_grad
+    frozen = not next(model.parameters()).requires_grad  # PPO's reference and reward model
     able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     model.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and able)
     if model.bf16 and frozen:
@@ -844,16 +840,18 @@ def prepare(model, cfg, device):
         shard_model(model, device)
     if cfg.compile:
         model.compile(dynamic=True)
-    if device.type == "cpu":
-        keep_freed_memory()
+    if device.type == "cpu" and hasattr(ctypes.CDLL(None), "mallopt"):  # glibc
+        # Keep freed memory for the next tensors: the system would clear it anew, page by page, for
+        # up to a sixth of an update.
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large tensors live in the heap, too
 
 
 def autocast(model, cache=False):
     """Within this context a model that is set up for bf16 multiplies its matrices in bf16.
 
-    Weights that learn stay in fp32: an update of one part in a thousand would be lost in bf16's
-    three digits. They are cast at every use. cache: keep the copies until the context ends (2
-    bytes a parameter), which pays where one context calls the model many times.
+    Weights that learn stay in fp32: bf16's three digits would lose an update of one part in a
+    thousand. cache: keep copies in bf16 for many calls, 2 bytes a parameter.
     """
     bf16 = getattr(model, "bf16", False)
     device = next(model.parameters()).device.type
@@ -861,63 +859,43 @@ def autocast(model, cache=False):
 
 
 def recompute_activations(trunk):
-    """Keep only the inputs of each layer, and compute the rest again in the backward pass.
-
-    transformers recomputes in layers that are in training mode. So that is switched on for the
-    layers themselves, not for what is inside them; and their own dropout is switched off.
-    """
+    """Keep only the inputs of each layer, and compute the rest again in the backward pass."""
     trunk.activation_checkpointing_enable()
     for layer in trunk.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.training = True
-            for name, value in vars(layer).items():
-                if "dropout" in name and isinstance(value, float):
+            layer.training = True  # or nothing is recomputed; what is inside stays in eval mode
+            for name in vars(layer):  # numbers that are its own, no modules
+                if "dropout" in name:
                     setattr(layer, name, 0.0)
 
 
 def shard_model(model, device):
-    """Split a model's parameters among the ranks, and with them gradients and Adam's state.
+    """Split a model's parameters, gradients and Adam's state among the ranks (PyTorch's FSDP2).
 
-    This is PyTorch's FSDP2. Each layer is put together when it is needed, and taken apart again; so
-    all ranks must call the model equally often. Our losses are parts of a sum over all ranks:
-    gradients are added up and not averaged.
+    A layer is put together when it is needed, and taken apart again; so all ranks must call the
+    model equally often. Gradients are summed, not averaged: our losses are parts of a sum.
     """
     mesh = init_device_mesh(device.type, (world(),))
     trunk = getattr(model, "trunk", model)
     modules = [layer for layer in trunk.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    modules += [trunk, model]  # apart, for the trunk may have another dtype than its head
-    # Matrices are multiplied in bf16: then they are sent in bf16 too, in half the time.
     in_bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    in_fp32 = MixedPrecisionPolicy()
-    for module in dict.fromkeys(modules):
+    for module in dict.fromkeys([*modules, trunk, model]):
         head = module is model and trunk is not model  # a reward model's head stays in fp32
-        policy = in_bf16 if model.bf16 and not head else in_fp32
+        policy = in_bf16 if model.bf16 and not head else MixedPrecisionPolicy()
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it adds up
 
 
-def keep_freed_memory():
-    """Keep the memory of freed tensors for the next ones, as PyTorch does on a GPU by itself.
-
-    The C library (glibc) returns that of a large tensor at once, and for the next one the system
-    clears it anew, page by page: up to a sixth of an update. The price: a process never shrinks.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large tensors live in the heap, too
-
-
 # Appendix D. How text becomes tokens.
 #
-# Every family of models begins a prompt, ends a response and marks turns in its own way, and has
-# learned its trade on that: tokens that are off by a space cost quality, and nothing tells. So
-# nothing is put together by hand. A prompt and its answer go through the tokenizer, or through its
-# chat template, as one text; what the answer has added to the prompt's tokens is the response.
+# Every family of models begins prompts, ends responses and marks turns in its own way, and tokens
+# that are off by a space cost quality. So nothing is put together by hand. Prompt and answer go
+# through the tokenizer, or its chat template, as one; what the answer adds is the response.
 
 import re
 from contextlib import suppress
+from itertools import groupby
 
 from jinja2 import TemplateError
 
@@ -926,10 +904,7 @@ BAD_TURNS = (TemplateError, TypeError, ValueError)  # what templates raise that 
 
 
 def load_tokenizer(path):
-    """The tokenizer at `path`, with a PAD of its own, and `ends`: ids any of which ends a response.
-
-    A PAD that is an end too would be hidden as padding, and never learned.
-    """
+    """The tokenizer at `path`, with a PAD of its own, and `ends`: ids that end a response."""
     tokenizer = load_or_fail(transformers.AutoTokenizer.from_pretrained, path)
     ends = [tokenizer.eos_token_id]
     for name in ("generation_config.json", "config.json"):
@@ -937,39 +912,34 @@ def load_tokenizer(path):
             known = transformers.GenerationConfig.from_pretrained(path, name).eos_token_id
             ends += known if isinstance(known, list) else [known]
             break
-    ends.append(turn_end(tokenizer))
+    # The template's own, such as <|im_end|>, is the first special token behind an answer.
+    text = rendered([turn("user", "QUESTION"), turn("assistant", "ANSWER")], tokenizer)
+    behind = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False).input_ids
+    special = tokenizer.added_tokens_decoder
+    ends += [i for i in behind if i in special and special[i].content.strip()][:1]
     tokenizer.ends = [i for i in dict.fromkeys(ends) if i is not None and i < len(tokenizer)]
     if not tokenizer.ends:
         fail(f"the tokenizer of {path} has no EOS token: a response could never end")
     if tokenizer.pad_token_id in (None, *tokenizer.ends):
         tokenizer.add_special_tokens({"pad_token": OWN_PAD})
+        print0(f"{path}: gets a PAD of its own, {OWN_PAD}: its end mark must not be hidden")
     return tokenizer
 
 
-def turn_end(tokenizer):
-    """The id with which the chat template ends an answer, such as <|im_end|>; None without one."""
-    if not tokenizer.chat_template:
-        return None
-    turns = [turn("user", "QUESTION"), turn("assistant", "ANSWER")]
+def rendered(turns, tokenizer):
+    """Turns in the tokenizer's chat template, as text; "" where it has none, or refuses them."""
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except BAD_TURNS:  # rows will tell
-        return None
-    for i in tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False).input_ids:
-        token = tokenizer.added_tokens_decoder.get(i)
-        if token and token.content.strip():  # Gemma's "\n" is an added token too
-            return i
-    return None
+        return tokenizer.apply_chat_template(turns, tokenize=False)
+    except BAD_TURNS:
+        return ""
 
 
 def encode(rows, tokenizer, cfg, names=("prompt", "response")):
     """Texts -> token lists: rows {name: text, ...} -> rows {name: ids, ...}, for fields `names`.
 
-    A prompt longer than max_prompt loses its beginning (less its BOS), a response (with its end)
-    longer than max_response its end. Prompts in a chat template are never cut: see `usable_rows`.
+    A prompt longer than max_prompt loses its beginning (less its BOS), but none in a chat template;
+    a response (with its end) longer than max_response loses its end.
     """
-    if not rows:
-        return []
     prompts = token_lists(rows, "", tokenizer, cfg)
     encoded = []
     for row, ids in zip(rows, prompts, strict=True):
@@ -991,7 +961,7 @@ def token_lists(rows, name, tokenizer, cfg):
     """The prompts of rows and, with the `name` of an answer's field, that answer behind them."""
     texts = [row["prompt"] + row.get(name, "") for row in rows]
     # split_special_tokens: a "</s>" that is spelled out is text, and ends nothing.
-    lists = tokenizer(texts, split_special_tokens=True).input_ids
+    lists = tokenizer(texts, split_special_tokens=True).input_ids if rows else []
     for i, row in enumerate(rows):
         if in_template(row, tokenizer, cfg):
             lists[i] = chat_tokens(row, row.get(name), tokenizer)
@@ -1005,10 +975,8 @@ def response_of(prompt, whole, text, tokenizer):
     added = whole[len(prompt) :]
     if whole[: len(prompt)] != prompt:  # a token spans the seam
         added = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    for place, token in enumerate(added):
-        if token in tokenizer.ends:
-            return added[: place + 1]
-    return [*added, tokenizer.ends[0]]
+    ends = [place for place, token in enumerate(added) if token in tokenizer.ends]
+    return added[: ends[0] + 1] if ends else [*added, tokenizer.ends[0]]
 
 
 def in_template(row, tokenizer, cfg):
@@ -1021,26 +989,18 @@ def chat_tokens(row, answer, tokenizer):
     turns = row.get("messages") or dialogue(row["prompt"])
     options = {"add_generation_prompt": not answer, "return_dict": False}
     options["sanitize_control_tokens"] = True  # an "<|im_end|>" that is spelled out is text
-    if answer:
-        # The one space that separates an answer from the words "Assistant:" has no place here.
+    if answer:  # the one space that separates it from the words "Assistant:" has no place here
         turns = [*turns, turn("assistant", re.sub(r"^\s(?=\S)", "", answer))]
+    probe = rendered([turn("system", "SYSTEM"), turn("user", "QUESTION")], tokenizer)
+    system = "system" if "SYSTEM" in probe else "user"  # whose turn holds a system text
+    merged = []  # neighbours of one role: templates want roles to alternate
+    for role, same in groupby(turns, lambda t: t["role"].replace("system", system)):
+        merged.append(turn(role, "\n\n".join(t["content"] for t in same)))
     try:
-        if not knows_system(tokenizer):
-            turns = [turn(t["role"].replace("system", "user"), t["content"]) for t in turns]
-        return tokenizer.apply_chat_template(alternating(turns), **options)
+        return tokenizer.apply_chat_template(merged, **options)
     except BAD_TURNS as error:
         reason = str(error).split("\n")[0]
         fail(f"the chat template refuses the prompt that begins {row['prompt'][:60]!r}: {reason}")
-
-
-@cache
-def knows_system(tokenizer):
-    """Whether a chat template has a place for system text; else it goes to the user's turn."""
-    turns = [turn("system", "SYSTEM"), turn("user", "QUESTION")]
-    try:
-        return "SYSTEM" in tokenizer.apply_chat_template(turns, tokenize=False)
-    except BAD_TURNS:
-        return False
 
 
 def turn(role, content):
@@ -1048,38 +1008,19 @@ def turn(role, content):
     return {"role": role, "content": content}
 
 
-def alternating(turns):
-    """Turns in which neighbours of one role are one: chat templates want roles to alternate."""
-    found = []
-    for now in turns:
-        if found and found[-1]["role"] == now["role"]:
-            content = found.pop()["content"] + "\n\n" + now["content"]
-            now = turn(now["role"], content)
-        found.append(now)
-    return found
-
-
 def dialogue(prompt):
-    """A prompt's text as turns: [System: …] Human: … Assistant:, by its turns; others as one.
-
-    >>> dialogue(" Human: why? Assistant:")
-    [{'role': 'user', 'content': 'why?'}]
-    """
+    """A prompt's text as turns: "[System: …] Human: … Assistant:" by its turns, others as one."""
     begins = r"^\s*(?=System:|Human:|Assistant:)|\n\n(?=Human:|Assistant:)|\s(?=Assistant:$)"
-    before, *found = re.split(f"(?:{begins})(System:|Human:|Assistant:)", prompt)
-    if before.strip() or len(found) < 4 or found[-2:] != ["Assistant:", ""]:
+    before, *found = re.split(f"(?:{begins})(System|Human|Assistant):", prompt)
+    if before.strip() or len(found) < 4 or found[-2:] != ["Assistant", ""]:
         return [turn("user", prompt)]
-    roles = {f"{speaker}:": role for role, speaker in SPEAKERS.items()}
+    roles = {speaker: role for role, speaker in SPEAKERS.items()}
     pairs = zip(found[:-2:2], found[1:-2:2], strict=True)
     return [turn(roles[speaker], text.strip()) for speaker, text in pairs]
 
 
 def usable_rows(rows, tokenizer, cfg, names=("prompt", "response")):
-    """The rows that can be used as tokens; how many cannot, and how many are cut, is said.
-
-    A chat whose prompt does not fit is no use: nothing in a template may be cut. Nor is a pair
-    whose texts are equal once they are cut.
-    """
+    """The rows that can be used as tokens; how many cannot, and how many are cut, is said."""
     if cfg.chat_template and not tokenizer.chat_template:
         fail("--chat_template: the model's tokenizer has none; leave it out, or use a chat model")
     kept, cut = [], 0
@@ -1090,11 +1031,8 @@ def usable_rows(rows, tokenizer, cfg, names=("prompt", "response")):
         if fits and differ:
             kept.append(row)
             cut += any(ids[name][-1] not in tokenizer.ends for name in names if name != "prompt")
-    if len(kept) < len(rows):
-        count = len(rows) - len(kept)
-        print0(
-            f"{count:,} rows left out: a chat that is too long, or a pair that is equal once cut"
-        )
+    if left_out := len(rows) - len(kept):
+        print0(f"{left_out:,} rows left out: a chat that is too long, or a pair equal once cut")
     if cut:
         print0(f"{cut:,} of {len(kept):,} rows: an answer is cut to --max_response")
     if not kept:
@@ -1104,12 +1042,12 @@ def usable_rows(rows, tokenizer, cfg, names=("prompt", "response")):
 
 # Appendix E. Rows.
 #
-# Here, and nowhere else, a row as people have it becomes texts: {prompt, response} to imitate,
-# {prompt, chosen, rejected} to compare, {prompt, problem} to test, as far as it has them. The
-# chosen answer of a pair is imitated, too. Each --task has a reader, which shows its row. What is
-# malformed ends the run, with file, row and field; what is of no use is left out, and counted.
+# A row as people have it becomes texts: {prompt, response} to imitate, {prompt, chosen, rejected}
+# to compare, {prompt, problem} to test. A chosen answer is imitated, too. Each --task has a reader,
+# which shows its row. A malformed row ends the run; one of no use is left out, and counted.
 
 import gzip
+import hashlib
 import random
 from collections import Counter
 from typing import NamedTuple
@@ -1117,8 +1055,7 @@ from typing import NamedTuple
 SPLIT_SEED = 1234  # the paper's; fixed, so that stages run with different --seed never share rows
 TEST_SHARE = 0.1
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
-# Parquet copies that the hub makes of datasets whose scripts no longer load, or plain files.
-HUB = {
+HUB = {  # plain files, or Parquet copies that the hub makes
     "tldr": "openai/summarize_from_feedback@refs/convert/parquet/comparisons/train/*.parquet",
     "hh": "Dahoas/full-hh-rlhf/data/train-*.parquet",
     "webgpt": "openai/webgpt_comparisons@refs/convert/parquet/*/train/*.parquet",
@@ -1141,17 +1078,28 @@ def load_share(cfg, share, *fields):
 def split(rows, share, percent=(20, 40, 40)):
     """The rows of the share "test", "sft", "rm" or "ppo"; all about one prompt are in one share.
 
-    A tenth of the prompts is held out as "test"; `percent` of the others are for SFT, RM and PPO.
+    A tenth of the prompts is held out as "test"; `percent` of the others are for SFT, RM and PPO. A
+    hash of its text decides where a prompt belongs, so that rows which are added later move none.
+    (The toys never get others, and are shuffled.)
     """
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
-    random.Random(SPLIT_SEED).shuffle(prompts)
     edges = [0, TEST_SHARE]
     for edge in (percent[0] / 100, (percent[0] + percent[1]) / 100, 1):
         edges.append(TEST_SHARE + (1 - TEST_SHARE) * edge)
     place = ("test", "sft", "rm", "ppo").index(share)
-    begin, end = (round(edge * len(prompts)) for edge in edges[place : place + 2])
-    wanted = set(prompts[begin:end])
+    begin, end = edges[place : place + 2]
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    if rows and "number" in rows[0]:
+        random.Random(SPLIT_SEED).shuffle(prompts)
+        wanted = set(prompts[round(begin * len(prompts)) : round(end * len(prompts))])
+    else:
+        wanted = {prompt for prompt in prompts if begin <= hash_of(prompt) < end}
     return [row for row in rows if row["prompt"] in wanted]
+
+
+def hash_of(text):
+    """A number from 0 to 1 that depends on a text alone."""
+    digest = hashlib.sha256(f"{SPLIT_SEED} {text}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 @cache
@@ -1172,23 +1120,23 @@ def load_rows(task, files=()):
                     raw = json.loads(raw, parse_constant=NAN_TO_NULL)
                 row = reader(raw)
                 if isinstance(row, dict):
-                    rows.append(row)
+                    rows.append(row | {"raw": raw})  # a --reward may want its other fields
                 else:
                     left_out[row] += 1
         except Exception as error:  # no such file, no network, no JSON, a field that is missing ...
             reason = str(error).strip().split("\n")[0]
             fail(f"{place}: {reason}")
     print0(f"{task}: {len(rows):,} rows")
+    unread = {name for row in rows for name in row["raw"]} - {*PLAIN, "prompt"}
+    if task == "plain" and unread:
+        print0(f"plain: fields that only a --reward reads: {', '.join(sorted(unread))}")
     for reason, count in sorted(left_out.items()):
         print0(f"{task}: {count:,} rows left out: {reason}")
     return rows
 
 
 def read_file(path):
-    """Yield the rows of a file, as read or as JSON texts.
-
-    JSON (a list, or a row a line, also .gz) is read here, Parquet and the hub by `datasets`.
-    """
+    """Yield the rows of a file, as read or as JSON texts; Parquet and the hub by `datasets`."""
     if path.startswith("hf://") or path.endswith(".parquet"):
         import datasets  # takes a second, and the toys do not need it
 
@@ -1262,11 +1210,14 @@ def hh_row(raw):
     chosen, rejected = get(raw, "chosen"), get(raw, "rejected")
     if "prompt" in raw:
         return pair(get(raw, "prompt"), chosen, rejected)
-    before, found, chosen = chosen.rpartition("Assistant:")
-    other, _, rejected = rejected.rpartition("Assistant:")
-    if not found:
+    if "Assistant:" not in chosen:
         raise ValueError("field 'chosen' has no 'Assistant:', and there is no field 'prompt'")
-    return pair(before + found, chosen, rejected) if before == other else "about two prompts"
+    shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 (characters are meant)
+    prompt = "".join(shared.rpartition("\n\nAssistant:")[:2])  # an answer may say that itself
+    chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    if not prompt or "\n\nHuman:" in chosen + rejected:
+        return "two prompts, or a human's turn in an answer"
+    return pair(prompt, chosen, rejected)
 
 
 def webgpt_row(raw):
@@ -1307,49 +1258,42 @@ def apps_row(raw):
 
 
 def check_tests(tests):
-    """ValueError unless unit tests are in APPS' form {fn_name, inputs, outputs}.
-
-    With a function's name, each input is the list of its arguments, and each output its result.
-    Without one, programs read and print: both are text, or a list of lines.
-    """
+    """ValueError unless unit tests are in APPS' form {fn_name, inputs, outputs}."""
     inputs, outputs = get(tests, "inputs", list), get(tests, "outputs", list)
     if len(inputs) != len(outputs):
         raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs are no unit tests")
-    if tests.get("fn_name"):
-        right = all(isinstance(given, list) for given in inputs)
-    else:
-        texts = [[x] if isinstance(x, str) else x for x in inputs + outputs]
-        right = all(isinstance(x, list) and all(isinstance(y, str) for y in x) for x in texts)
-    if not right:
-        raise ValueError("unit tests must have lists of arguments, or texts to read and print")
+    kind = list if tests.get("fn_name") else str  # arguments, or what is read and printed
+    for x in inputs if kind is list else inputs + outputs:
+        lines = isinstance(x, list) and all(isinstance(line, str) for line in x)
+        if not isinstance(x, kind) and not lines:
+            raise ValueError("unit tests must have lists of arguments, or texts to read and print")
+
+
+PLAIN = ("chosen", "rejected", "messages", "completion", "response")  # fields of answers
 
 
 def plain_row(raw):
-    """Your own: {prompt, response} (or completion), {prompt, chosen, rejected}, or {prompt}; each a
-    text, which stays as it is, or a list of turns {role, content}. Or {messages: turns}.
-
-    Of turns the assistant's last one is the answer. The others go into the tokenizer's chat
-    template; where it has none, they are read as "\\n\\nHuman: …\\n\\nAssistant:".
-    """
-    # Parquet has null where a row lacks a column that others have.
-    is_pair = any(raw.get(name) is not None for name in ("chosen", "rejected"))
+    """Your own: {prompt, response} (or completion), {prompt, chosen, rejected}, or {prompt}; texts,
+    which stay as they are, or lists of turns {role, content}. Or {messages: turns}. The last turn,
+    if it is the assistant's, is the answer; the others go into the tokenizer's chat template."""
+    raw = {name: value for name, value in raw.items() if value is not None}  # as Parquet has it
+    is_pair = "chosen" in raw or "rejected" in raw
     row = {"messages": turns_of(raw, "prompt")} if isinstance(raw.get("prompt"), list) else {}
-    for name in ("chosen", "rejected") if is_pair else ("messages", "completion", "response"):
+    for name in PLAIN[:2] if is_pair else PLAIN[2:]:
         to = name if is_pair else "response"
         if isinstance(raw.get(name), list):
-            *before, answer = turns_of(raw, name)
-            if answer["role"] != "assistant":  # a dialogue that waits for an answer
-                before.append(answer)
-            else:
-                row[to] = answer["content"]
+            before = turns_of(raw, name)
+            if before[-1]["role"] == "assistant":
+                row[to] = before.pop()["content"]
             if before and row.setdefault("messages", before) != before:
                 return "a pair about two prompts"
-        elif is_pair or raw.get(name) is not None:
+        elif is_pair or name in raw:
             row[to] = get(raw, name)
     if "messages" not in row:
         row["prompt"] = get(raw, "prompt")
-    else:  # then answers stand behind "Assistant:"
-        row["prompt"] = spoken(row["messages"])
+    else:  # for tokenizers without a template
+        texts = [f"\n\n{SPEAKERS[turn['role']]}: {turn['content']}" for turn in row["messages"]]
+        row["prompt"] = "".join(texts) + "\n\nAssistant:"
         for name in row.keys() & {"response", "chosen", "rejected"}:
             row[name] = row[name] if row[name][:1].isspace() else " " + row[name]
     return useful(row | {"response": row["chosen"]} if "chosen" in row else row)
@@ -1364,16 +1308,6 @@ def turns_of(raw, name):
             raise ValueError(f"field '{name}.{i}.role' must be one of {', '.join(SPEAKERS)}")
         turns.append(turn(role, get(raw, f"{name}.{i}.content")))
     return turns or [turn("user", "")]  # an empty prompt, of no use
-
-
-def spoken(turns):
-    """A prompt's turns as text, as HH has it.
-
-    >>> spoken([{"role": "user", "content": "why?"}])
-    '\\n\\nHuman: why?\\n\\nAssistant:'
-    """
-    texts = [f"\n\n{SPEAKERS[turn['role']]}: {turn['content']}" for turn in turns]
-    return "".join(texts) + "\n\nAssistant:"
 
 
 # Appendix F. The toy.
@@ -1457,9 +1391,8 @@ def toy_sentences():
 def toy_summary(rng, facts, share, wrong, fillers, repeats):
     """The sentences of a summary: a `share` of the `facts`, fillers, and repetitions.
 
-    rng: random.Random; facts: {slot: value}. With probability `wrong` a fact's value is drawn at
-    random, and so wrong 5 times in 6. fillers: how many; repeats: at most so many. Never more
-    than TOY_LONGEST sentences.
+    facts: {slot: value}. With probability `wrong` a fact's value is drawn at random, and so wrong 5
+    times in 6. fillers: how many; repeats: at most so many. Never above TOY_LONGEST sentences.
     """
     sentences = []
     for slot in rng.sample(list(facts), round(share * len(facts))):
@@ -1564,10 +1497,7 @@ def code_output(steps, x):
 
 def code_text(steps):
     """The program of `steps`."""
-    lines = ["def f(x):"]
-    for name, k in steps:
-        lines.append(CODE[name].line.format(k))
-    return "\n    ".join(lines)
+    return "\n    ".join(["def f(x):", *(CODE[name].line.format(k) for name, k in steps)])
 
 
 def code_steps(rng):

@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -24,7 +25,13 @@ import torch.distributed as dist
 from helpers import ROOT, TORCHRUN, metrics, python, result, samples, settings, succeeds
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 import eval as chapter5
 import ma_ppo
@@ -35,7 +42,7 @@ ARMS = ["token", "fixed", "rloo"]
 FOLDERS = ["sft", "reward", *ARMS]
 # Micro-batches of one process are the shares of two, and rloo's only prompt belongs to both.
 SMALL = "--save_every 2 --batch_size 8 --micro_batch_size 4 --steps"
-FLAGS = f"{SMALL} 5 --rloo_k 8 --max_prompt 16 --max_response 16 --arms {' '.join(ARMS)}".split()
+FLAGS = f"{SMALL} 5 --rloo_k 8 --max_prompt 16 --max_response 16 --arms".split()
 RESUME = ["--resume", "auto"]
 
 
@@ -105,9 +112,9 @@ def on_ranks(ranks, function, *args, last=()):
     return [process.exitcode for process in processes]
 
 
-def run(out, *flags, ranks=1):
+def run(out, *flags, arms=ARMS, ranks=1):
     """ma_ppo.py from nothing to a picture.  -> its folder"""
-    codes = on_ranks(ranks, train, [*FLAGS, "--out", str(out), *flags])
+    codes = on_ranks(ranks, train, [*FLAGS, *arms, "--out", str(out), *flags])
     assert codes == [0] * ranks
     return out
 
@@ -250,7 +257,7 @@ WRITER = "filesystem.py"  # of torch.distributed.checkpoint
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory):
     """{file: number of calls in it} in a run that is not killed."""
-    flags = [*FLAGS, "--out", str(tmp_path_factory.mktemp("calls"))]
+    flags = [*FLAGS, *ARMS, "--out", str(tmp_path_factory.mktemp("calls"))]
     assert on_ranks(1, train, flags, ("ma_ppo.py", WRITER)) == [0]
     return json.loads(Path(flags[-1], "calls.json").read_text())
 
@@ -258,18 +265,19 @@ def calls(tmp_path_factory):
 def kill(out, file, moment, *flags, ranks=1):
     """Run until kill -9 ends the last rank at that call in a file."""
     at = ([file], int(moment))
-    codes = on_ranks(ranks, train, [*FLAGS, "--out", str(out), *flags], last=at)
+    codes = on_ranks(ranks, train, [*FLAGS, *ARMS, "--out", str(out), *flags], last=at)
     assert codes == [1] * (ranks - 1) + [-signal.SIGKILL]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1), (2, 2)])
 def test_a_run_that_is_killed_twice_ends_as_if_never(one, two, calls, tmp_path, before, after):
-    """At random, and in the second of three arms. On as many ranks to the bit."""
+    """Early, at random, and in the second of three arms. On as many ranks to the bit."""
     rng = random.Random(f"{before} {after}")
-    kill(tmp_path, WRITER, rng.uniform(0.1, 0.4) * calls[WRITER], ranks=before)
-    assert list(tmp_path.rglob("unfinished"))  # it was writing a checkpoint
-    moment = {1: 0.5, 2: 0.38}[before] * calls["ma_ppo.py"]  # one of two ranks makes fewer calls
+    kill(tmp_path, WRITER, rng.uniform(0.05, 0.2) * calls[WRITER], ranks=before)
+    assert list(tmp_path.glob("*/checkpoints/unfinished"))  # it was writing a checkpoint
+    assert not (tmp_path / "token" / "config.json").exists()
+    moment = {1: 0.55, 2: 0.45}[before] * calls["ma_ppo.py"]  # one of two ranks makes fewer calls
     kill(tmp_path, "ma_ppo.py", moment, *RESUME, ranks=before)
     assert metrics(tmp_path / "fixed") and not (tmp_path / "fixed" / "run.json").exists()
     for name in sft.LOGS:
@@ -284,18 +292,18 @@ def test_a_run_that_is_killed_twice_ends_as_if_never(one, two, calls, tmp_path, 
 
 @pytest.mark.slow
 def test_split_models_learn_what_whole_ones_do_and_go_on_as_such(one, tmp_path):
-    run(tmp_path, "--arms", "fixed", "--steps", "4", "--shard", ranks=2)
+    run(tmp_path, "--steps", "4", "--shard", arms=["fixed"], ranks=2)
     assert settings(tmp_path / "fixed")["shard"]
-    run(tmp_path, "--arms", "fixed", *RESUME)  # on one process, to step 5
+    run(tmp_path, *RESUME, arms=["fixed"])  # on one process, to step 5
     assert_same(tmp_path, one, 1e-5, ["sft", "reward", "fixed"])
 
 
 @pytest.mark.slow
 def test_split_models_in_bf16_that_recompute_activations_learn_nearly_the_same(one, tmp_path):
     bf16 = ["--precision", "bf16", "--gradient_checkpointing"]
-    run(tmp_path, "--arms", "fixed", *bf16, "--shard", ranks=2)
+    run(tmp_path, *bf16, "--shard", arms=["fixed"], ranks=2)
     found, wanted = ([row["loss"] for row in metrics(x / "sft")] for x in (tmp_path, one))
-    assert found != wanted and found == pytest.approx(wanted, abs=0.1)
+    assert pytest.approx(wanted, abs=1e-3) != found == pytest.approx(wanted, abs=0.1)
     ratios = [row["ratio_first"] for row in metrics(tmp_path / "fixed")]
     assert ratios == pytest.approx([1] * 5, abs=0.1)
     assert load_file(tmp_path / "sft/model.safetensors")["lm_head.weight"].dtype == torch.float32
@@ -319,17 +327,26 @@ def test_programs_are_rewarded_by_their_unit_tests_alone(toy_code):
                 assert sample["rm_score"] == -1
 
 
-def make_chat_model(folder):
-    """A "pretrained" model with a chat template, and with a PAD that is its EOS."""
-    tokenizer = sft.small_tokenizer("plain", ["is it 1 2 3 4 5 6 7 8 9? yes no, it is not."])
-    tokenizer.add_tokens(["<|user|>", "<|assistant|>", "<|end|>"], special_tokens=True)
+def make_published_models(folder):
+    """A ChatML model in bf16 with tied weights whose PAD is its EOS, and an RM that scores -10."""
+    words = "is it not 1 2 3 4 5 6 7 8 9? yes. no, it is not.\nuser assistant"
+    tokenizer = sft.small_tokenizer("plain", [words])
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
     tokenizer.pad_token = tokenizer.eos_token
-    turns = "{% for turn in messages %}<|{{ turn.role }}|>{{ turn.content }}<|end|>{% endfor %}"
-    tokenizer.chat_template = turns + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    turn = "<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n"
+    begin = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokenizer.chat_template = "{% for turn in messages %}" + turn + "{% endfor %}" + begin
     size = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    ends = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size))
-    sft.save_models([model, tokenizer], folder)
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **size, **ends)
+    sft.save_models([LlamaForCausalLM(config).bfloat16(), tokenizer], folder / "base")
+    config.num_labels = 1
+    rm = LlamaForSequenceClassification(config).eval()
+    end = torch.tensor([[tokenizer.convert_tokens_to_ids("<|im_end|>")]])
+    state = rm.model(end).last_hidden_state[0, 0].detach()  # nearly the same after every text
+    rm.score.weight.data[0] = -10 * state / state.square().sum()
+    sft.save_models([rm.bfloat16(), tokenizer], folder / "rm")
 
 
 @pytest.mark.slow
@@ -342,9 +359,9 @@ def test_a_chat_model_goes_through_all_chapters_on_rows_of_messages(tmp_path, qu
     for i in range(100):
         rows.append({"prompt": said("user", f"is it {i}?"), "chosen": yes, "rejected": no})
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    make_chat_model(tmp_path / "base")
+    make_published_models(tmp_path)
     flags = f"--task plain --data {tmp_path}/rows.json --model {tmp_path}/base --chat_template"
-    flags = f"{flags} --batch_size 8 --max_prompt 32 --max_response 16 --steps".split()
+    flags = f"{flags} --batch_size 8 --max_prompt 48 --max_response 16 --steps".split()
     stages = f"--sft {tmp_path}/sft --reward_model {tmp_path}/reward".split()
     sft.main([*flags, "40", "--lr", "0.01", "--out", stages[1]])
     reward.main([*flags, "10", "--lr", "0.01", *stages[:2], "--out", stages[3]])
@@ -355,10 +372,100 @@ def test_a_chat_model_goes_through_all_chapters_on_rows_of_messages(tmp_path, qu
     *_, policy, people = capsys.readouterr().out.strip().splitlines()
     assert "/sentence | 1 | 8 |" in policy and people.startswith("| references | – | 8 |")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sentence" / "model")
-    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, end)
     answers = [row["tokens"] for row in samples(tmp_path / "sentence")]
     assert sum(answer[-1] == end and end not in answer[:-1] for answer in answers) > 4
+
+
+OWN = """
+def known(prompts, responses, rows):
+    scores = []
+    for text, row in zip(responses, rows, strict=True):
+        scores.append(sum(value in text for value in row["facts"].values()) - len(text) / 99)
+    return scores
+"""
+
+
+@pytest.mark.slow
+def test_a_reward_in_python_is_the_same_on_two_ranks_and_in_chapter_5(tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "load_rows", short_rows)
+    (tmp_path / "own.py").write_text(OWN)
+    flags = ["--reward", f"{tmp_path}/own.py:known", "--steps", "3"]
+    one = run(tmp_path / "one", *flags, arms=["fixed"])
+    two = run(tmp_path / "two", *flags, arms=["fixed"], ranks=2)
+    assert_same(two, one, 1e-5, ["sft", "fixed"])
+    assert not (one / "reward").exists()
+    assert len({row["rm_score"] for row in metrics(one / "fixed")}) == 3
+    chapter5.main(["score", "--runs", str(one / "fixed"), "--prompts", "12"])
+    function, facts = {}, {row["prompt"]: row["facts"] for row in short_rows()}
+    exec(OWN, function)
+    rows = samples(one / "fixed/score") + samples(one / "fixed")  # of chapter 5, of training
+    assert {row.get("temperature") for row in rows} == {1.0, None}
+    assert len([row for row in rows if "temperature" in row]) == 12
+    for row in rows:
+        (score,) = function["known"]([0], [row["response"]], [{"facts": facts[row["prompt"]]}])
+        ended = row["ended"] if "ended" in row else row["tokens"][-1] == 1
+        assert row["rm_score"] == pytest.approx(score if ended else -4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_published_models_go_through_and_keep_their_ends(tmp_path, quick_runs, capsys):
+    rows = []
+    for i in range(200):
+        ask, say = f"is it not {i}?", "yes." if i % 2 else "no, it is not."
+        turns = [{"role": "user", "content": ask}, {"role": "assistant", "content": say}]
+        rows.append({"messages": turns})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    make_published_models(tmp_path)
+    flags = f"--task plain --data {tmp_path}/rows.json --batch_size 16 --max_prompt 48"
+    flags = f"{flags} --max_response 16 --lr 0.01 --steps".split()
+    base, rm = str(tmp_path / "base"), str(tmp_path / "rm")
+    sft.main([*flags, "60", "--model", base, "--out", f"{tmp_path}/sft"])
+    said = capsys.readouterr().out.splitlines()
+    for word in ("float32", "PAD"):  # one line for each thing decided
+        assert len([line for line in said if word in line and base in line]) == 1
+    ppo = [
+        *flags[:-3],
+        "--lr",
+        "1e-4",
+        "--critic_lr",
+        "1e-3",
+        "--steps",
+        "4",
+        "--sft",
+        f"{tmp_path}/sft",
+    ]
+    ppo += ["--reward_model", rm, "--arms", "fixed", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        ma_ppo.main(ppo)
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
+    mean, lower = map(
+        float, re.search(r"score (-\S+) on average: set --no_eos_score (-\S+),", line).groups()
+    )
+    assert "--no_eos_score -4 " in line and -12 < mean < -8 and lower < mean - 0.9
+    ma_ppo.main([*ppo, "--no_eos_score", str(lower)])
+    said = capsys.readouterr().out.splitlines()
+    assert len([line for line in said if "float32" in line and rm in line]) == 1
+    assert not [line for line in said if "float32" in line and base in line]
+    assert all(row["eos_rate"] > 0.8 for row in metrics(tmp_path / "fixed"))
+    chapter5.main(["score", "--runs", str(tmp_path / "fixed"), "--prompts", "6"])
+    assert "/fixed | 1 | 6 |" in capsys.readouterr().out
+    # What other code makes of the folder: the same words, and it stops where the turn ends.
+    folder = str(tmp_path / "fixed/model")
+    policy, tokenizer = sft.load_causal_lm(folder)
+    model, theirs = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    assert model.config.tie_word_embeddings and model.dtype == torch.float32
+    cfg, end = ma_ppo.Config(max_response=16, top_k=1), tokenizer.ends[-1]
+    for i in range(6):
+        turns = rows[i]["messages"][:1]
+        ids = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        written = model.generate(torch.tensor([ids]), max_new_tokens=16)[0, len(ids) :].tolist()
+        (ours,) = ma_ppo.generate(policy, [ids], torch.rand(1, 16).double(), tokenizer, cfg)
+        assert written == ours and ours[-1] == end == theirs.convert_tokens_to_ids("<|im_end|>")
 
 
 @pytest.mark.slow

@@ -20,17 +20,12 @@ import eval as chapter5
 import ma_ppo
 import sft
 from eval import correlation, moments, parity, smooth, verdict, winner
-from reward import wilson_interval
 
 # Measures and intervals
 
 
-def test_smoothing_is_the_mean_of_the_last_five_steps_and_never_looks_ahead():
+def test_smoothing_never_looks_ahead_and_parity_is_as_worked_by_hand():
     assert smooth([10, 0, 2, 4, 4, 0, 5]) == [10, 5, 4, 4, 4, 2, 3]
-    assert smooth([1, 2, 3, 4, 5, 6])[:4] == smooth([1, 2, 3, 4, 99, -99])[:4]
-
-
-def test_parity_worked_by_hand():
     # Five steps at 0, then ten at 10: smoothed 0 0 0 0 0 2 4 6 8 10: half at 7, nine tenths at 9.
     slow = [0] * 5 + [10] * 10
     fast = [0] * 2 + [10] * 13  # smoothed 0 0 10/3 5 6 8 10 ...: half at step 3, nine tenths at 6
@@ -38,10 +33,9 @@ def test_parity_worked_by_hand():
     assert parity(slow, fast, 0.9) == 6 / 9
     lucky = [*slow[:-1], 30]  # one batch at the end does not move the target out of reach
     assert parity(lucky, lucky, 0.5) == 1
-    # None without a gain, or when the target is never reached.
     rising, falling, flat = list(range(20)), list(range(20, 0, -1)), [3] * 20
-    assert parity(falling, rising, 0.5) is parity(flat, rising, 0.5) is None
-    assert parity(rising, flat, 0.9) is None
+    assert parity(falling, rising, 0.5) is parity(flat, rising, 0.5) is None  # no gain
+    assert parity(rising, flat, 0.9) is None  # never reached
     assert parity(rising, flat, 0.1) == 0  # 3 is above a tenth of the gain
 
 
@@ -64,16 +58,6 @@ def test_a_verdict_needs_the_whole_interval():
     assert verdict(-0.1, 0.19, margin=0.2) == "equivalent"
     assert verdict(0.01, 0.19, margin=0.2) == "equivalent, though different"
     assert verdict(-0.1, 0.21, margin=0.2) == verdict(-0.9, 0.1, margin=0.2) == "cannot tell"
-
-
-@pytest.mark.parametrize(("wins", "count"), [(0, 10), (5, 10), (10, 10), (1, 20), (700, 2000)])
-def test_wilsons_edges_are_the_shares_from_which_the_wins_are_two_deviations_away(wins, count):
-    low, high = wilson_interval(wins, count)
-    for p in (low, high):
-        if 1e-9 < p < 1 - 1e-9:
-            deviations = (wins / count - p) / math.sqrt(p * (1 - p) / count)
-            assert abs(deviations) == pytest.approx(1.959964)
-    assert chapter5.share_cell(wins, count) == f"{wins / count:.2f} [{low:.2f}, {high:.2f}]"
 
 
 @pytest.mark.parametrize("n", range(1, 7))
@@ -105,28 +89,29 @@ def toss(model, prompts, uniforms, tokenizer, cfg):
     return [[HEAD if u < 0.5 else TAIL for u in row] for row in uniforms.tolist()]
 
 
-def heads(rollout, models, examples, tokenizer, cfg):
-    """In the place of `eval.judge`: the score comes at the end, and there is no KL."""
-    rewards = torch.zeros(rollout.batch.mask.shape)
-    for row, tokens in zip(rewards, rollout.tokens, strict=True):
-        row[len(tokens) - 1] = tokens.count(HEAD)
-    return None, rewards
+def heads(rollout, *others):
+    """In the place of `eval.judge`: a reward for each head, at once."""
+    return None, (rollout.batch.responses == HEAD).float()
 
 
-def test_continuations_find_the_value_of_every_toss_by_two_halves(monkeypatch):
+def test_continuations_find_the_value_and_the_advantage_of_every_toss(monkeypatch):
     monkeypatch.setattr(ma_ppo, "generate", toss)
     monkeypatch.setattr(chapter5, "judge", heads)
     tokenizer = SimpleNamespace(pad_token_id=0, batch_decode=lambda rows, **options: rows)
     models = {"policy": SimpleNamespace(device="cpu")}
-    cfg = ma_ppo.Config(max_response=4, micro_batch_size=900)
-    responses = [[HEAD, HEAD, TAIL, TAIL], [TAIL, HEAD, TAIL, HEAD]]
+    cfg = ma_ppo.Config(max_response=4)
+    responses = [[HEAD, HEAD, TAIL, TAIL], [TAIL, HEAD, TAIL]]
     examples = [{"prompt": [3, 3]}, {"prompt": [3]}]
     rollout = chapter5.rollout_of(examples, responses, tokenizer, models)
-    values = chapter5.true_values(rollout, examples, 1000, models, tokenizer, cfg).numpy()
-    # Heads so far, and half of the tosses to come; behind the end nothing is to come.
-    exact = np.array([[2, 2.5, 3, 2.5, 0], [2, 1.5, 2, 1.5, 0]])
+    _, rewards = heads(rollout)
+    found = chapter5.true_values(rollout, rewards, examples, 1000, models, tokenizer, cfg)
+    values, advantages = (x.numpy() for x in found)
+    # Heads so far do not count, half of the tosses to come do; behind the end nothing is to come.
+    exact = np.array([[2, 1.5, 1, 0.5, 0], [2, 1.5, 1, 0, 0]])
     assert values == pytest.approx(np.stack([exact, exact]), abs=4 / math.sqrt(500))
-    assert (values[0] != values[1])[:, :4].all()  # halves of their own
+    exact = [[0.5, 0.5, -0.5, -0.5], [-0.5, 0.5, -1, 0]]  # the end takes a toss away
+    assert advantages == pytest.approx(np.stack([exact, exact]), abs=6 / math.sqrt(500))
+    assert (values[0] != values[1])[:, :3].all()  # halves of their own
 
 
 def test_the_sampling_error_of_the_truth_is_taken_off_the_correlation():
@@ -157,8 +142,6 @@ PAIRS = []
 for i, (a, b) in enumerate([("good", "bad"), ("bad", "good"), ("good", "good")]):
     rows = [{"number": i, "prompt": f"p{i}", "response": text} for text in (a, b)]
     PAIRS.append([row | {"rm_score": row["response"] == "good"} for row in rows])
-
-
 JUDGES = {"honest": ["a", "b", "tie"], "first": ["tie"] * 3, "mute": ["none"] * 3}
 
 
@@ -305,6 +288,13 @@ def test_samples_are_drawn_once_and_again_when_a_model_has_changed(tmp_path, mon
     os.utime(tmp_path / "rm/model.safetensors", (1, 1))
     chapter5.samples_of(tmp_path / "run", cfg, 1.0, 1, args(1))
     assert drawn[2] == [(0, 0)]
+    # A model on the hub has no folder; and a reward in Python is as old as its file.
+    cfg = ma_ppo.Config(sft="me/tiny", reward=f"{tmp_path}/own.py:score")
+    for time, count in [(1, 4), (1, 4), (2, 5)]:
+        (tmp_path / "own.py").touch()
+        os.utime(tmp_path / "own.py", (time, time))
+        chapter5.samples_of(tmp_path / "run", cfg, 1.0, 1, args(1))
+        assert len(drawn) == count
 
 
 @pytest.mark.parametrize("function", chapter5.COMMANDS, ids=lambda function: function.__name__)
@@ -334,7 +324,7 @@ def test_a_command_s_help_lists_its_own_options_of_which_torchrun_takes_none(fun
 )
 def test_what_cannot_work_is_one_line_with_exit_code_2(words, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings = {"arm": "token", "seed": 0, "sft": "model", "reward_model": "gone"}
+    settings = {"arm": "token", "seed": 0, "sft": "model", "reward_model": str(tmp_path / "gone")}
     configs = {"toy": settings | {"task": "toy"}, "hh": settings | {"task": "hh"}, "model": {}}
     for folder, config in configs.items():
         Path(folder, "model").mkdir(parents=True)

@@ -11,6 +11,7 @@ import torch
 from helpers import samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_sft import stops
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import ma_ppo
@@ -42,10 +43,10 @@ def rows_of(lengths, *tensors):
     return [[x[:n] for x in row] for row, n in zip(rows, lengths, strict=True)]
 
 
-def close(tensor, rows):
+def close(tensor, rows, error=1e-6):
     """Compare a padded tensor with lists of different lengths; the padding must be 0."""
     for got, wanted in zip(tensor.tolist(), rows, strict=True):
-        assert got == pytest.approx(list(wanted) + [0.0] * (len(got) - len(wanted)), abs=1e-6)
+        assert got == pytest.approx(list(wanted) + [0.0] * (len(got) - len(wanted)), abs=error)
 
 
 # Oracles in plain Python: one row at a time, no tensors, no masks
@@ -141,6 +142,42 @@ def test_what_whole_responses_and_lambda_1_come_down_to(lengths, seed, gamma, la
     close(advantages, [np.subtract(slow_sum(r, 1), v) for r, v, _ in rows])
     _, targets = macro_gae(rewards, values, mask, seg, 1.0, 1.0)  # from a macro action's first on
     close(targets, [[slow_sum(r, 1)[s.index(k)] for k in s] for r, _, s in rows])
+
+
+def slow_own(r, v, s, gamma, lam):
+    """A_t from all surprises to come, each with a factor lam for every macro action begun by it."""
+    after = [*v[1:], 0]
+    surprises = [r[t] + gamma * after[t] - v[t] for t in range(len(r))]
+    advantages = []
+    for t in range(len(r)):
+        terms = [gamma ** (j - t) * lam ** (s[j] - s[t]) * surprises[j] for j in range(t, len(r))]
+        advantages.append(sum(terms))
+    return advantages
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@settings(max_examples=10)
+@given(lengths, seeds, factor, factor)
+def test_without_pooling_lambda_counts_where_a_macro_action_begins(
+    dtype, lengths, seed, gamma, lam
+):
+    rewards, values, mask, seg = ragged(lengths, seed)
+    rewards, values = rewards.to(dtype), values.to(dtype)
+    advantages, targets = found = ma_ppo.own_gae(rewards, values, mask, seg, gamma, lam)
+    rows = rows_of(lengths, rewards, values, seg)
+    wanted = [slow_own(*row, gamma, lam) for row in rows]
+    digits = {torch.float64: 1e-6, torch.bfloat16: 0.1}[dtype] * max(1, *map(max, wanted))
+    close(advantages, wanted, digits)
+    close(targets, [np.add(A, row[1]) for A, row in zip(wanted, rows, strict=True)], digits)
+    single, whole = (segment_ids(fixed_starts(mask, n), mask) for n in (1, math.inf))
+    pairs = [(ma_ppo.own_gae(rewards, values, mask, single, gamma, lam), lam)]
+    pairs += [(ma_ppo.own_gae(rewards, values, mask, whole, gamma, lam), 1.0)]
+    for found, equal_lam in pairs:
+        assert all(map(torch.equal, found, token_gae(rewards, values, mask, gamma, equal_lam)))
+    arm = ma_ppo.estimate(
+        "fixed", rewards, values, seg, mask, lam, Config(sigma="own", gamma=gamma)
+    )
+    assert torch.equal(arm[0], advantages) and torch.equal(arm[1], targets)
 
 
 @given(lengths, seeds)
@@ -420,13 +457,57 @@ def test_scores_are_the_reward_models_or_those_of_unit_tests_or_that_of_no_end()
     assert scored.scores.tolist() == pytest.approx([wanted.item(), -4.0], abs=1e-5)
     gold = [reward.gold_score(row["facts"], rows[1]["response"]) for row in rows]
     assert scored.gold.tolist() == gold and gold[0] < gold[1]  # by the facts of a row's own post
-    row = sft.code_row(0)
+    row = sft.code_row(0) | {"text": ""}
     tests = row["problem"]["input_output"]
     known = {str(x[0]): y for x, y in zip(tests["inputs"], tests["outputs"], strict=True)}
     right, wrong = f"\ndef f(x):\n    return {known}[str(x)]", "\ndef f(x) return"
     rollout = rollout_of([[7, 1], [7, 1], [7, 7]], [right, wrong, right])
     scored = ma_ppo.score(rollout, {}, [row] * 3, TOKENS, Config(task="toy-code", no_eos_score=-2))
     assert scored.scores.tolist() == [1, -1, -2] and scored.passed.tolist() == [True, False, False]
+
+
+def test_a_response_that_does_not_end_is_scored_as_it_is_where_none_is_set():
+    rollout, models = rollout_of([[7, 8, 1], [9, 10, 3, 3]], ["", ""]), tiny_models()
+    rows = [sft.toy_row(i) for i in range(2)]
+    wanted = reward.last_token_scores(models["reward"], rollout.batch)
+    cfg = ma_ppo.parse(["--no_eos_score", "none"])
+    assert ma_ppo.score(rollout, models, rows, TOKENS, cfg).scores.tolist() == wanted.tolist()
+    cfg = ma_ppo.parse(["--no_eos_score", "-10"])
+    scores = ma_ppo.score(rollout, models, rows, TOKENS, cfg).scores.tolist()
+    assert scores == [wanted[0].item(), -10]
+
+
+def test_not_ending_may_not_pay_better_than_ending(capsys):
+    rollout = rollout_of([[7, 1], [7, 1], [8, 8]])  # TOKENS: 1 ends
+    scores = torch.tensor([-9.0, -11, -4])
+
+    def check(no_eos_score, task="plain", rollout=rollout):
+        ma_ppo.check_no_eos_score(
+            rollout, scores, TOKENS, Config(no_eos_score=no_eos_score, task=task)
+        )
+
+    for paid in ("-4", "-10", "3"):
+        line = stops(capsys, check, paid)
+        assert paid in line and "-10.00" in line and "--no_eos_score -12.0" in line
+    for fine in ("-12.0", "-10.1", "none"):
+        check(fine)
+    check("-4", task="apps")
+    check("-4", rollout=rollout_of([[7], [7], [8]]))  # none has ended: nothing to compare with
+
+
+@pytest.mark.parametrize(("arm", "copies"), [("fixed", 1), ("rloo", 4)])
+def test_prompts_that_come_again_in_a_step_get_noise_of_their_own(tokenizer, arm, copies):
+    few = [{"number": i, "prompt": [2, 3], "text": ""} for i in range(22 // copies)]
+    cfg = config(batch_size=64, rloo_k=4, seed=5)
+    examples = ma_ppo.choose_prompts(arm, few, 3, cfg)
+    assert len(examples) == 64
+    numbers = [example["number"] for example in examples]
+    assert all(len(set(numbers[i : i + copies])) == 1 for i in range(0, 64, copies))
+    rollout = ma_ppo.sample(tiny(), examples, 3, tokenizer, cfg)
+    assert len({tuple(seed) for seed in rollout.seeds}) == 64
+    firsts = [seed for seed in rollout.seeds if len(seed) == 3]
+    assert sorted(firsts) == [[5, 3, i] for i in range(len(few))]  # as where each comes but once
+    assert len(set(map(tuple, rollout.tokens))) > len(few) + 10  # though the prompts are one
 
 
 def test_with_top_k_the_reference_is_scored_on_the_policys_allowed_tokens(tokenizer):
@@ -538,6 +619,7 @@ def test_metrics_are_means_over_responses_or_over_real_tokens():
     seg = torch.tensor([[0, 0, 0], [0, 1, 2]])
     found = ma_ppo.summary(rollout_of([[4, 1], [7, 8, 9]]), judged, scored, seg, 0.25, TOKENS)
     wanted = {"response_length": 2.5, "eos_rate": 0.5, "entropy": 5 / 5, "parse_fallback": 0.25}
+    wanted |= {"ref_surprise": (2 + 1.5 + 1 + 1 + 1.5) / 5}
     wanted |= {"macro_actions": 2, "macro_length": 5 / 4}  # 5 tokens in 4 macro actions
     wanted |= {"kl": (1.5 + 0.5) / 2, "gold_score": None, "gold_score_std": None}  # nats a response
     assert found == pytest.approx(wanted | {"rm_score": 2, "rm_score_std": 1, "pass_rate": 0.5})
@@ -623,11 +705,51 @@ def test_stages_share_settings_and_those_of_other_data_are_refused(monkeypatch, 
         assert f"--{next(iter(other))}" in capsys.readouterr().err
 
 
+def test_a_critic_is_kept_and_can_be_a_reward_model(toy):
+    cfg = ma_ppo.parse([*toy.stages[:2], "--reward_model", str(toy.folder / "fixed/critic")])
+    models = ma_ppo.load_models("fixed", cfg, torch.device("cpu"))[0]
+    before = reward.ScalarModel.load(toy.folder / "reward")
+    (checkpoint,) = sft.checkpoints(toy.folder / "fixed")
+    learned = ma_ppo.load_models("fixed", cfg, torch.device("cpu"))[:2]
+    state = sft.training_state(*learned)
+    sft.dcp.load(state, checkpoint_id=checkpoint)
+    for name, p in models["reward"].named_parameters():
+        assert torch.equal(p, state["critic"]["model_state_dict"][name])
+    assert not torch.equal(models["reward"].head.weight, before.head.weight)
+
+
+def test_a_reward_in_python_needs_no_reward_model(monkeypatch, tmp_path):
+    made = []
+    for chapter in (sft, reward):
+        monkeypatch.setattr(chapter, "train", made.append)
+    (tmp_path / "own.py").write_text(
+        "def f(prompts, responses, rows): return [len(r) for r in rows]"
+    )
+    flags = ["--reward", f"{tmp_path}/own.py:f", "--out", str(tmp_path)]
+    cfg = ma_ppo.parse(flags)
+    ma_ppo.build_missing_stages(cfg)
+    assert [stage.out for stage in made] == [f"{tmp_path}/sft"]
+    assert cfg.split == made[0].split == [20, 0, 80] and not cfg.reward_model
+    assert ma_ppo.parse([*flags, "--split", "10", "10", "80"]).split == [10, 10, 80]
+    rows = [{"number": 0, "facts": {}, "text": "", "raw": {"a": 1, "b": 2}}] * 2
+    scored = ma_ppo.score(rollout_of([[7, 1], [8]], ["", ""]), {}, rows, TOKENS, cfg)
+    assert scored.scores.tolist() == [2, -4] and scored.passed is None
+
+
+def test_ranks_that_do_not_divide_a_batch_are_refused_by_the_stage_s_name(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    cfg = ma_ppo.parse(["--batch_size", "48"])
+    line = stops(capsys, ma_ppo.build_missing_stages, cfg)
+    assert line.startswith("error: sft.py: --batch_size 32 ")
+
+
 WRONG = """--clip 0, --temperature 0, --critic_lr inf, --ngram 0, --ppo_epochs 0, --gamma 1.1,
     --lam -1, --critic_lam 2, --critic_steps 60, --critic_steps 5 --arms rloo, --sigma most,
-    --arms, --arms nonsense, --arms token token, --gamma 0.5 --arms control, --sft nowhere,
+    --arms, --arms nonsense, --arms token token, --gamma 0.5 --arms control,
     --rloo_k 1 --arms rloo, --rloo_k 3 --arms rloo --batch_size 8, --reward_model ./nowhere,
-    --steps 0, --batch_size 0, --nonsense 1"""
+    --steps 0, --batch_size 0, --nonsense 1, --no_eos_score nan, --no_eos_score -none,
+    --reward nowhere.py:f, --reward ma_ppo.py, --reward ma_ppo.py:nothing, --reward reward.py:F.x,
+    --reward reward.py:fail --reward_model x"""
 
 
 @pytest.mark.parametrize("flags", [words.strip() for words in WRONG.split(",")])

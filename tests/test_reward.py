@@ -4,18 +4,28 @@ import hashlib
 import json
 import math
 import random
+import re
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from test_sft import stops
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+from transformers import (
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+)
 
 import reward
 import sft
-from reward import ScalarModel, gold_score, last_token_scores, preference_loss, toy_pair
+from reward import PAIR, ScalarModel, gold_score, last_token_scores, preference_loss, toy_pair
 
 PROMPTS = [[2, 3, 4, 5, 6], [7], [3, 3, 9]]
 RESPONSES = [[4, 1], [5, 6, 7, 8, 1], [9, 10]]
@@ -40,9 +50,12 @@ def batch(prompts=PROMPTS, responses=RESPONSES):
 # The model and its loss
 
 
-def test_the_score_is_read_at_the_last_real_token_and_padding_does_not_matter(model):
+def test_the_score_is_read_at_the_last_real_token_and_padding_does_not_matter():
     # A stand-in that scores a position by its token: the score must be the last real token's id.
     assert last_token_scores(lambda batch: batch.tokens.float(), batch()).tolist() == [1, 1, 10]
+    torch.manual_seed(0)
+    gpt2 = GPT2Config(vocab_size=11, n_embd=16, n_layer=2, n_head=2, initializer_range=0.4)
+    model = ScalarModel(GPT2Model(gpt2).eval())  # it has absolute positions
     together = last_token_scores(model, batch()).tolist()
     for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         alone = last_token_scores(model, batch([prompt], [response])).tolist()
@@ -61,7 +74,7 @@ def test_preference_loss_worked_by_hand():
 
 def test_micro_batches_and_ranks_add_up_to_one_batch(model):
     rng = random.Random(0)
-    pairs = [{name: rng.choices(range(2, 11), k=4) for name in reward.PAIR} for _ in range(8)]
+    pairs = [{name: rng.choices(range(2, 11), k=4) for name in PAIR} for _ in range(8)]
 
     def loss_and_gradient(size, *shares):
         cfg = reward.Config(batch_size=8, micro_batch_size=size)
@@ -74,6 +87,9 @@ def test_micro_batches_and_ranks_add_up_to_one_batch(model):
         return [sum(losses), *model.head.weight.grad.flatten().tolist()]
 
     whole = loss_and_gradient(8, pairs)
+    prompts = [pair["prompt"] for pair in pairs]
+    scores = [last_token_scores(model, batch(prompts, [p[x] for p in pairs])) for x in PAIR[1:]]
+    assert whole[0] == pytest.approx(float(preference_loss(*scores, 8).detach()), abs=1e-6)
     assert loss_and_gradient(3, pairs) == pytest.approx(whole, abs=1e-6)
     assert loss_and_gradient(2, pairs[:4], pairs[4:]) == pytest.approx(whole, abs=1e-6)
 
@@ -115,19 +131,23 @@ def test_accuracy_counts_right_pairs_without_noise_too_and_centring_moves_the_me
     model, monkeypatch
 ):
     rng = random.Random(0)
-    names = [*reward.PAIR, "response"]
+    names = [*PAIR, "response"]
     rows = [{name: rng.choices(range(2, 11), k=4) for name in names} for _ in range(20)]
+
     # Rows are token lists from the start, and gold scores are their sums.
-    monkeypatch.setattr(sft, "encode", lambda rows, *options: rows)
+    def encode(rows, *options):
+        return [row | {"prompt": [*row["prompt"]]} for row in rows]
+
+    monkeypatch.setattr(sft, "encode", encode)
     monkeypatch.setattr(sft, "usable_rows", lambda rows, *options: rows)
     monkeypatch.setattr(reward, "gold_score", lambda facts, ids: sum(ids) // 4)
 
     def score(row, name):
-        return last_token_scores(model, batch([row["prompt"]], [row[name]])).item()
+        return last_token_scores(model, batch([[*row["prompt"]]], [row[name]])).item()
 
     right, noiseless = [], []
     for row in rows:
-        row["facts"] = {}
+        row |= {"facts": {}, "prompt": tuple(row["prompt"])}  # texts can be counted by, lists not
         higher = score(row, "chosen") > score(row, "rejected")
         chosen, rejected = sum(row["chosen"]) // 4, sum(row["rejected"]) // 4
         right.append(higher)
@@ -155,6 +175,81 @@ def test_an_interval_ends_where_a_share_would_be_seen_1_96_standard_errors_away(
         error = math.sqrt(end * (1 - end) / count)
         far = abs(wins / count - end) == pytest.approx(1.959964 * error, abs=1e-9)
         assert far or wins / count == extreme
+
+
+@pytest.mark.parametrize("alike", [1.0, 0.5])
+def test_accuracy_s_interval_holds_the_truth_though_pairs_of_a_prompt_are_alike(alike, capsys):
+    """20 prompts of 30 pairs; a pair is as its prompt's first with probability `alike`."""
+    rng, truth, held = random.Random(1), 0.7, 0
+    for _ in range(300):
+        right = []
+        for prompt in range(20):
+            first = rng.random() < truth
+            for _ in range(30):
+                own = rng.random() < truth
+                right.append((f"prompt {prompt}", first if rng.random() < alike else own))
+        reward.accuracy(right, "")
+        low, high = map(float, re.search(r"([\d.]+) to ([\d.]+)", capsys.readouterr().out).groups())
+        held += low <= truth <= high
+    assert held >= 0.9 * 300
+    # A pair a prompt: as wide as Wilson's of all pairs.
+    right = [(str(i), rng.random() < truth) for i in range(600)]
+    assert reward.effective_count(right, sum(x for _, x in right) / 600) == pytest.approx(600, 0.01)
+
+
+# Other people's rewards
+
+OWN = """
+from __future__ import annotations
+from dataclasses import dataclass
+import numpy, torch
+import neighbour_of_rewards
+
+@dataclass
+class Known:
+    answer: int
+
+def right(prompts, responses, rows):
+    known = [Known(row["meta"]["answer"][0]) for row in rows]
+    assert prompts == [row["prompt"] for row in rows]
+    pairs = zip(responses, known, strict=True)
+    return neighbour_of_rewards.doubled([text == str(row.answer) for text, row in pairs])
+
+def tensor(prompts, responses, rows): return torch.tensor([[1.5], [2]])
+def array(prompts, responses, rows): return numpy.array([1.5, 2])
+def one(prompts, responses, rows): return 1.5
+def few(prompts, responses, rows): return [1]
+def nan(prompts, responses, rows): return [1, float("nan")]
+def forgot(prompts, responses, rows): [1, 2]
+def text(prompts, responses, rows): return ["good", "bad"]
+def broken(prompts, responses, rows): return 1 / 0
+NUMBER = 5
+"""
+
+
+def test_a_reward_in_python_reads_whole_rows_and_gives_numbers(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/reward.py").write_text(OWN)
+    (tmp_path / "mine/neighbour_of_rewards.py").write_text(
+        "def doubled(x): return [2 * v for v in x]"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    rows = [{"prompt": "2+1", "meta": {"answer": [3]}}, {"prompt": "1+1", "meta": {"answer": [2]}}]
+    examples = [{"prompt": [7], "text": row["prompt"], "raw": row} for row in rows]
+
+    def scores(name, responses=("3", "5")):
+        function = reward.own_reward(f"{tmp_path}/mine/reward.py:{name}")
+        return function(["2+1", "1+1"], responses, examples)
+
+    assert scores("right") == [2, 0]
+    assert scores("tensor") == scores("array") == [1.5, 2]
+    complaints = {"few": "1 scores for 2", "nan": "finite", "one": "no numbers"}
+    complaints |= {"forgot": "no numbers: None", "text": "no numbers", "NUMBER": "no function"}
+    for name, complaint in (complaints | {"nothing": "no function"}).items():
+        assert complaint in stops(capsys, scores, name)
+    with pytest.raises(ZeroDivisionError):  # and Python tells in which line
+        scores("broken")
+    assert scores("right", ["3", "2"]) == [2, 2]  # and not the module `reward`
 
 
 # The toy: gold score and preferences
@@ -213,7 +308,7 @@ def test_the_better_summary_is_preferred_at_the_bradley_terry_rate(pairs):
 def test_the_length_of_a_summary_says_little_about_its_coverage(pairs):
     """When it did (correlation 0.84), the RM paid for each sentence, and the policy repeated."""
     seen = []
-    for text in (pair[name] for pair in pairs[:1000] for name in reward.PAIR[1:]):
+    for text in (pair[name] for pair in pairs[:1000] for name in PAIR[1:]):
         known = [sft.toy_sentences().get(s.strip(), (None, None)) for s in text.split(".")[:-1]]
         seen.append((len(text.split()), len({slot for slot, _ in known} - {None})))
     assert np.corrcoef(np.array(seen).T)[0, 1] < 0.65

@@ -202,7 +202,8 @@ def test_system_text_has_its_role_or_the_front_of_the_users_turn(family, name):
         tokenizer.chat_template = CHATML.replace("m in messages %}", skip)
     rest = [turn("assistant", "so"), turn("user", "why")]
     turns = [turn("system", "be kind"), *ASKED, *rest]
-    rows = [sft.plain_row({"prompt": turns}), {"prompt": sft.spoken(turns).strip()}]
+    row = sft.plain_row({"prompt": turns})
+    rows = [row, {"prompt": row["prompt"].strip()}]
     wanted = turns if name == "llama3" else [turn("user", "be kind\n\nred cat?"), *rest]
     ids = tokenizer.apply_chat_template(wanted, add_generation_prompt=True, return_dict=False)
     encoded = sft.encode(rows, tokenizer, Config(chat_template=True), ["prompt"])
@@ -261,6 +262,12 @@ READ = [
     ("tldr", INFO | {"summary": "it"}, {"prompt": POST, "response": " it"}),
     ("hh", {"chosen": WHY + " so ", "rejected": WHY + " no"}, a_pair(WHY)),
     ("hh", {"prompt": WHY + " ", "chosen": "so", "rejected": " no"}, a_pair(WHY)),
+    ("hh", {"chosen": WHY + " a\n\nAssistant: b", "rejected": WHY + " no"},
+     a_pair(WHY, " a\n\nAssistant: b")),
+    ("hh", {"chosen": WHY + " so", "rejected": WHY + " so. Assistant: yes"},
+     a_pair(WHY, " so", " so. Assistant: yes")),
+    ("hh", {"chosen": WHY + " so" + WHY + " so", "rejected": WHY + " so" + WHY + " no"},
+     a_pair(WHY + " so" + WHY)),
     ("webgpt", WEBGPT | {"score_0": -1, "score_1": 0.5},
      a_pair(" Human: Which? Assistant:", " Red", " Blue.")),
     ("apps", APPS, {"prompt": "QUESTION:\nAdd 1.\n\nUse Standard Input format\nANSWER:",
@@ -299,7 +306,8 @@ def load(path, task, rows):
 
 @pytest.mark.parametrize(("task", "raw", "wanted"), READ)
 def test_every_form_of_rows_becomes_texts(tmp_path, task, raw, wanted):
-    assert load(tmp_path / "a.jsonl", task, [raw]) == [wanted]
+    (row,) = load(tmp_path / "a.jsonl", task, [raw])
+    assert row.pop("raw").keys() == raw.keys() and row == wanted
 
 
 @pytest.mark.parametrize(
@@ -308,7 +316,11 @@ def test_every_form_of_rows_becomes_texts(tmp_path, task, raw, wanted):
         ("plain", {"prompt": "a", "chosen": "b", "rejected": "b"}, "a pair of equal texts"),
         ("plain", {"prompt": " ", "response": "b"}, "an empty text"),
         ("plain", {"chosen": [ASK, SO], "rejected": [KIND, ASK, NO]}, "a pair about two prompts"),
-        ("hh", {"chosen": WHY + " so", "rejected": WHY + WHY + " no"}, "about two prompts"),
+        (
+            "hh",
+            {"chosen": WHY + " so", "rejected": WHY + WHY + " no"},
+            "two prompts, or a human's turn in an answer",
+        ),
         ("hh", {"chosen": WHY + "  ", "rejected": WHY + " no"}, "an empty text"),
         ("webgpt", WEBGPT | {"score_0": 0.0, "score_1": 0}, "equal scores"),
         ("tldr", {"info": INFO | {"post": None}, "summaries": TWO, "choice": 1}, "no post"),
@@ -381,26 +393,46 @@ def test_all_kinds_of_files_give_the_same_rows_and_several_add_up(tmp_path):
     table = [dict.fromkeys(raw[0] | raw[1]) | row for row in raw]
     datasets.Dataset.from_list(table).to_parquet(tmp_path / "d.parquet")
     paths = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl.gz", "c.json", "d.parquet")]
-    for path in paths:
-        assert sft.load_rows("plain", (path,)) == wanted
-    assert sft.load_rows("plain", tuple(paths)) == wanted * 4
+    for files in (*([path] for path in paths), paths):
+        rows = [row | {"raw": 0} for row in sft.load_rows("plain", tuple(files))]
+        assert rows == [row | {"raw": 0} for row in wanted] * len(files)
 
 
-def test_the_shares_are_disjoint_complete_and_by_prompt():
+@pytest.mark.parametrize("percent", [(20, 40, 40), (20, 0, 80)])
+def test_the_shares_are_disjoint_complete_by_prompt_and_new_rows_move_none(percent):
     rows = [{"prompt": f"question {i % 1000}"} for i in range(1500)]
-    shares = [sft.split(rows, name) for name in ("test", "sft", "rm", "ppo")]
+    more = [{"prompt": f"new {i}"} for i in range(100)]
+    names, parts = ("test", "sft", "rm", "ppo"), [100, *(9 * x for x in percent)]
+    shares = [sft.split(rows, name, percent) for name in names]
     assert sum(map(len, shares)) == 1500
     prompts = [{row["prompt"] for row in share} for share in shares]
-    assert [len(share) for share in prompts] == [100, 180, 360, 360]
     assert len(set.union(*prompts)) == 1000
+    for name, mine, part in zip(names, prompts, parts, strict=True):
+        assert abs(len(mine) - part) <= 4 * part**0.5  # four standard errors, at most
+        grown = {row["prompt"] for row in sft.split(more[:50] + rows + more[50:], name, percent)}
+        assert {prompt for prompt in grown if prompt.startswith("question")} == mine
+
+
+def test_the_toys_keep_their_split():
     toys = [sft.toy_row(i) for i in range(1000)]
     assert [row["number"] for row in sft.split(toys, "test")[:5]] == [6, 11, 26, 39, 44]
+    counts = [len(sft.split(toys, name)) for name in ("test", "sft", "rm", "ppo")]
+    assert counts == [100, 180, 360, 360]
+
+
+def test_fields_that_nothing_reads_are_named_and_kept_for_a_reward(tmp_path, capsys):
+    raw = {"prompt": "a", "context": "c", "meta": {"answer": [1, {"b": 2}]}, "response": "b"}
+    (row,) = load(tmp_path / "a.jsonl", "plain", [raw])
+    assert "fields that only a --reward reads: context, meta\n" in capsys.readouterr().out
+    assert row["raw"] == raw
+    load(tmp_path / "a.jsonl", "plain", [{"prompt": [ASK], "chosen": [SO], "rejected": [NO]}])
+    assert "fields" not in capsys.readouterr().out
 
 
 def test_a_share_without_rows_is_one_line(tmp_path, capsys):
     cfg = Config(task="plain", data=[str(tmp_path / "a.jsonl")])
     load(tmp_path / "a.jsonl", "plain", [{"prompt": f"question {i}"} for i in range(30)])
-    assert len(sft.load_share(cfg, "ppo")) == 11  # 40 % of 90 % of 30
+    assert 0 < len(sft.load_share(cfg, "ppo")) < 30
     assert "no rows with response" in stops(capsys, sft.load_share, cfg, "sft", "response")
     load(tmp_path / "a.jsonl", "plain", [])
     assert "no rows with prompts" in stops(capsys, sft.load_share, cfg, "ppo")

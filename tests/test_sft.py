@@ -10,7 +10,10 @@ import pytest
 import torch
 import transformers as hf
 from filelock import FileLock
+from torch.distributed.run import get_args_parser
 
+import ma_ppo
+import reward
 import sft
 from sft import Config, batch_rows, cosine_lr, make_batch, sft_loss
 
@@ -200,6 +203,48 @@ def test_a_pad_that_is_the_end_gets_an_id_of_its_own(tmp_path, vocab, rows):
     assert model.config.pad_token_id == 11 and 11 in model.unused_ids
 
 
+def test_a_bf16_model_is_saved_in_fp32_with_all_its_ends_and_a_pad_and_says_so(tmp_path, capsys):
+    model = tiny().to(torch.bfloat16)
+    folder = save(tmp_path / "a", model, pad_token="<eos>")
+    theirs = {"eos_token_id": 4, "temperature": 0.5, "do_sample": False, "repetition_penalty": 2.0}
+    (tmp_path / "a/generation_config.json").write_text(json.dumps(theirs))
+    sft.save_models(sft.load_causal_lm(folder), tmp_path / "b")
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and all(line.startswith(folder) for line in said)
+    assert "float32" in said[0] and "PAD" in said[1]
+    found = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert found.dtype == torch.float32
+    assert torch.equal(found.model.norm.weight, model.model.norm.weight.float())
+    kept = found.generation_config
+    assert (sorted(kept.eos_token_id), kept.pad_token_id) == ([1, 4], 11)
+    assert not kept.repetition_penalty and not kept.temperature  # our sampler knows none
+    sft.load_causal_lm(tmp_path / "b")
+    assert capsys.readouterr().out == ""  # nothing was decided
+
+
+@pytest.mark.parametrize("name", ["me/tiny", "tiny"])
+def test_a_name_on_the_hub_can_be_anything_that_a_folder_can(tmp_path, monkeypatch, name):
+    """As the hub's client keeps them, so that it asks for nothing."""
+    home = tmp_path / f"models--{name.replace('/', '--')}"
+    save(home / "snapshots/0", tiny(), pad_token="<eos>")
+    (home / "refs").mkdir()
+    (home / "refs/main").write_text("0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cfg = ma_ppo.parse(["--sft", name, "--task", "toy-code", "--max_response", "64"])
+    models, _, tokenizer = ma_ppo.load_models("token", cfg, torch.device("cpu"))
+    assert torch.equal(models["policy"].lm_head.weight[:11], tiny().lm_head.weight)
+    assert models["critic"].trunk.get_input_embeddings().num_embeddings == 12 > 11
+    assert tokenizer.pad_token_id == 11
+
+
+def test_no_flag_is_the_beginning_of_one_of_torchruns():
+    flags = {f"--{name}" for chapter in (sft, reward, ma_ppo) for name in vars(chapter.Config())}
+    for flag in flags:
+        words = get_args_parser().parse_args(["--nproc_per_node=2", "ma_ppo.py", flag, "1"])
+        assert words.training_script_args == [flag, "1"]
+
+
 def test_ids_without_a_token_have_no_chance_and_all_else_stays(tmp_path):
     model, _ = sft.load_causal_lm(save(tmp_path, tiny(vocab_size=20)))
     probs = sft.response_logits(model, batch()).softmax(-1)  # [B, T, N]
@@ -250,6 +295,7 @@ def test_a_flag_wins_over_those_of_task_and_model_and_these_over_the_chapters_ow
 
 
 REFUSED = ["--steps 0", "--lr nan", "--warmup 2", "--data a.jsonl", "--split 50 50", "--shard"]
+REFUSED += ["--data a --task plain --data=b", "--split 20 40 40 --lr 1 --split 20 0 80"]
 REFUSED += ["--split nan 50 50", "--task chess", "--precision fp8", "--batch_size 8", "--new 1"]
 
 
@@ -257,6 +303,33 @@ REFUSED += ["--split nan 50 50", "--task chess", "--precision fp8", "--batch_siz
 def test_settings_that_cannot_work_are_one_line_that_names_them(capsys, monkeypatch, flags):
     monkeypatch.setenv("WORLD_SIZE", "1" if flags == "--shard" else "3")
     assert flags.split()[0] in stops(capsys, parse, *flags.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "epochs"),
+    [("--epochs=2 --steps 9", 0), ("--steps 9 --epochs 2", 2), ("--epochs 1 --steps=9", 0),
+     ("--steps=9 --lr 1 --epochs=1", 1), ("--epochs 2 --task hh", 2), ("", 0)],
+)  # fmt: skip
+def test_of_steps_and_epochs_counts_what_is_typed_last(flags, epochs):
+    assert parse(*flags.split()).epochs == epochs
+
+
+def test_a_path_is_the_same_from_every_folder_and_in_every_spelling(tmp_path, monkeypatch):
+    for name in ("rows.jsonl", "other.jsonl", "deep/rows.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    made = []
+    for folder, *names in [
+        (".", "rows.jsonl", f"{tmp_path}/rows.jsonl"),
+        ("deep", "../rows.jsonl"),
+    ]:
+        monkeypatch.chdir(tmp_path / folder)
+        made += [parse("--task", "plain", "--model", "me/hub", "--data", name) for name in names]
+    assert {cfg.model for cfg in made} == {"me/hub"}
+    for cfg in made[1:]:
+        assert sft.other_settings(cfg, vars(made[0])) == ""
+    other = parse("--task", "plain", "--model", "me/hub", "--data", "rows.jsonl")  # deep/rows.jsonl
+    assert sft.other_settings(other, vars(made[0])) == ", with other --data"
 
 
 # Runs that are not lost
