@@ -11,8 +11,9 @@ A primer. PPO learns from its own tries. All of its words, on one response of si
     value       V            2                1              1         (means)
     advantage   A         -1.5              1.0            2.0         macro_gae, lambda = 1/2
 
-policy        the language model that writes responses, and learns. An *action* is what it decides:
-              a token, or, for us, a *macro action*, a run of tokens judged together (chapter 3).
+policy        the language model that writes responses, and learns. A *rollout* is a batch of its
+              responses. An *action* is what it decides: a token, or, for us, a *macro action*, a
+              run of tokens judged together (chapter 3).
 reward model  gives a whole response one score (chapter 2), here 3: nobody labels single tokens.
 reference     the policy as it was before PPO, frozen: the memory of what normal text looks like.
 KL penalty    at each token beta (log pi - log pi_ref) is paid, here 1 for "trip", which the
@@ -51,7 +52,7 @@ ratio         pi(a) / pi_old(a), the token's probability now over that when it w
               The value of the loss says nothing about progress; only its slope is used.
 clip          once the ratio has left 1 +- 0.2 in the direction that A asks for, the gradient is cut
               off: a few responses must not carry the policy far from where they were sampled. With
-              one update per rollout (one batch of samples), the default, this never happens.
+              one update per rollout, the default, this never happens.
 
 Why should fewer decisions help? The score is earned at the end, and has to travel back to the
 early tokens *through the critic's guesses*: each decision on the way multiplies it by lambda, and
@@ -89,7 +90,7 @@ import copy
 import gc
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -107,61 +108,53 @@ from sft import opt, print0
 class Config(sft.Config):
     """Settings of the PPO chapter. Values without a source were found on the toy.
 
-    An *arm* is one training of a comparison. All arms start from the same models, and all but
-    `rloo`, which needs several responses to each prompt, also share prompts and noise.
+    An *arm* is one training of a comparison: a termination, `control` (tokens, with lam^(1/ngram)),
+    or `rloo`. All start from the same models, and all but `rloo`, which needs several responses to
+    each prompt, also share prompts and noise.
     """
 
-    arms: list[str] = opt(
-        ["token", "fixed"],
-        "trainings to compare: terminations of chapter 3, control (token with lam^(1/ngram)), rloo",
-    )
-    ngram: int = opt(5, "tokens in a macro action of `fixed` (paper: 5; programs: 10)", "--n")
+    arms: list[str] = opt(["token", "fixed"], "terminations of chapter 3, control, rloo")
+    ngram: int = opt(5, "tokens an action of `fixed` (paper: 5, programs: 10)", "--n")
     sigma: Literal["equal", "last", "decay", "first", "own"] = opt(
-        "equal", "value of a macro action (paper: equal); own: every token keeps its own"
+        "equal", "value of a macro action (paper: equal); own: one per token"
     )
-    steps: int = opt(60, "PPO steps: one rollout of the whole batch, then ppo_epochs updates")
-    batch_size: int = opt(64, "responses per step, over all ranks (paper: 256)")
-    micro_batch_size: int = opt(64, "responses per forward pass and rank: memory, not the result")
-    sample_batch_size: int = opt(0, "responses sampled at once by a rank; 0: all of its share")
-    lr: float = opt(5e-4, "learning rate of the policy, constant after the warm-up")
+    steps: int = opt(60, "PPO steps: a rollout, then ppo_epochs updates")
+    batch_size: int = opt(64, "responses per step of all ranks (paper: 256)")
+    micro_batch_size: int = opt(64, "responses per forward pass and rank")
+    sample_batch_size: int = opt(0, "responses sampled at once; 0: all")
+    lr: float = opt(5e-4, "learning rate of the policy")
     critic_lr: float = opt(1e-3, "learning rate of the critic")
-    warmup: int = opt(
-        10, "steps in which the policy's rate rises; the critic learns at once", "--warmup_steps"
-    )
-    gamma: float = opt(1.0, "discount per action, macro action or token (paper: 1)")
-    lam: float = opt(0.95, "GAE's lambda, per action like gamma (paper: 0.95)")
-    beta: float = opt(0.05, "weight of the KL penalty, reward per nat (paper: 0.05)")
-    clip: float = opt(0.2, "PPO's clipping range, of the ratio and of the value (paper: 0.2)")
-    ppo_epochs: int = opt(1, "updates per rollout (paper: 1; then no ratio is ever clipped)")
-    no_eos_score: str = opt("-4", "score of a response that does not end; none: as it is")
-    temperature: float = opt(1.0, "of sampling, and of every log-probability (paper: 0.8)")
-    top_k: int = opt(0, "sample from the k likeliest tokens only (paper: 50); 0: from all")
-    rloo_k: int = opt(4, "rloo: responses to each of batch_size / rloo_k prompts, in as many steps")
+    warmup: int = opt(10, "steps in which the policy's rate rises", "--warmup_steps")
+    gamma: float = opt(1.0, "discount per action (paper: 1)")
+    lam: float = opt(0.95, "GAE's lambda, per action (paper: 0.95)")
+    beta: float = opt(0.05, "KL penalty, reward per nat (paper: 0.05)")
+    clip: float = opt(0.2, "clipping range of ratio and value (paper: 0.2)")
+    ppo_epochs: int = opt(1, "updates per rollout (paper: 1)")
+    no_eos_score: str = opt("-4", "score of a response without end; none: as it is")
+    temperature: float = opt(1.0, "of sampled and scored tokens (paper: 0.8)")
+    top_k: int = opt(0, "sample from the k likeliest tokens; 0: all (paper: 50)")
+    rloo_k: int = opt(4, "rloo: responses to each of batch_size / rloo_k prompts")
     # Where models come from, and go to.
     model: str = opt("", "what sft.py starts from, if OUT/sft has to be made")
-    sft: str = opt("", "SFT model: policy and reference; empty: OUT/sft, made if missing")
-    reward_model: str = opt("", "RM: the score, and the critic's start; empty: OUT/reward")
-    reward: str = opt("", "FILE.py:NAME, a function (prompts, responses, rows) -> scores: no RM")
-    trust_programs: bool = opt(False, "apps: run programs without bubblewrap, under limits only")
-    save_every: int = opt(20, "steps between checkpoints; 0: only at the end")
+    sft: str = opt("", "policy and reference; empty: OUT/sft")
+    reward_model: str = opt("", "RM and first critic; empty: OUT/reward")
+    reward: str = opt("", "own reward in place of an RM: FILE.py:NAME")
+    trust_programs: bool = opt(False, "apps: run programs under limits only")
+    save_every: int = opt(20, "steps between checkpoints; 0: at the end")
     # For studies: variants of the method that no default uses.
-    macro_reward: Literal["sum", "mean"] = opt(
-        "sum", "reward of a macro action: sum (paper), or mean (the paper's code)"
-    )
-    ratio: Literal["token", "macro"] = opt(
-        "token", "probability ratio per token, or per macro action (the paper's formula)"
-    )
-    critic_lam: float | None = opt(None, "lambda of the targets that the critic learns; none: lam")
-    critic_epochs: int | None = opt(None, "the critic's updates per rollout; none: ppo_epochs")
-    critic_steps: int = opt(0, "how many of the steps, the first ones, only teach the critic")
-    value_clip: float | None = opt(None, "clipping range of the value; 0: no clip; none: clip")
+    macro_reward: Literal["sum", "mean"] = opt("sum", "paper: sum; its code: mean")
+    ratio: Literal["token", "macro"] = opt("token", "pi / pi_old of what (paper: macro)")
+    critic_lam: float | None = opt(None, "lambda of the critic's targets; none: lam")
+    critic_epochs: int | None = opt(None, "updates of the critic; none: ppo_epochs")
+    critic_steps: int = opt(0, "first steps, for the critic alone")
+    value_clip: float | None = opt(None, "clip of the value; 0: no clip; none: clip")
 
 
-# Four models. The policy writes and learns. The reference is the policy as it was at the start. The
-# reward model scores whole responses. The critic guesses what score is to come; it *is* a copy of
-# the reward model, and learns on from there: what can be expected of a response is close to what it
-# will be scored. But the reward model was only ever read at the end of a response, and text without
-# an end looks broken to it: the first guesses are far too low. Chapter 5 shows them.
+# Four models. The critic *is* a copy of the reward model, and learns on from there: what can be
+# expected of a response is close to what it will be scored. But the reward model was only ever read
+# at the end of a response, and text without an end looks broken to it: the first guesses are far
+# too low, by c, say. In r + V(next) - V this c cancels, except at the last token: after it V is 0,
+# so its surprise is c too high, and whatever ends is praised for ending. Chapter 5 shows them.
 
 
 def load_models(arm, cfg, device):
@@ -171,18 +164,20 @@ def load_models(arm, cfg, device):
     head. `rloo` has no critic.
     Returns ({name: model}, {name: optimizer} of the two that learn, tokenizer).
     """
-    gc.collect()  # what is left of an arm or stage before would take a GPU's memory from this one
-    policy, tokenizer = sft.load_causal_lm(cfg.sft, cfg.max_prompt + cfg.max_response)
-    models = {"policy": policy, "reference": copy.deepcopy(policy).requires_grad_(False)}
+    gc.collect()  # a GPU may still hold the arm or stage before
+    length = cfg.max_prompt + cfg.max_response
+    policy, tokenizer = sft.load_causal_lm(cfg.sft, length)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    models = {"policy": policy, "reference": reference}
     for model in models.values():
         sft.prepare(model, cfg, device)
     others = {}
-    if not has_rm(cfg):
-        critic = reward.start_model(cfg)[0]
-    else:
+    if has_rm(cfg):
         critic = reward.ScalarModel.load(cfg.reward_model)
         reward.check_vocabulary(critic, cfg.reward_model, tokenizer)
         others["reward"] = copy.deepcopy(critic).requires_grad_(False)
+    else:
+        critic = reward.start_model(cfg)[0]
     if arm != "rloo":
         others["critic"] = critic
     for model in others.values():
@@ -201,61 +196,66 @@ def has_rm(cfg):
 def train(arm, out, cfg, device):
     """PPO with one kind of macro action: the algorithm, in six steps."""
     models, optimizers, tokenizer = load_models(arm, cfg, device)
-    prompts = load_prompts(tokenizer, cfg)  # those that nobody has learned from: Appendix A
+    policy = models["policy"]
+    prompts = load_prompts(tokenizer, cfg)  # Appendix A
     cfg.steps = sft.count_steps(cfg, len(prompts))
-    print0(f"PPO, arm {arm}: {len(prompts):,} prompts, {cfg.steps} steps -> {out}")
-    check_sampling(models["policy"], prompts[:2], tokenizer, cfg)  # Appendix A
-    first = sft.begin(out, cfg, models, optimizers)  # 0, or where an interrupted run was
-    sft.write_json(out / "config.json", asdict(cfg) | {"arm": arm, "ranks": sft.world()})
+    print0(f"{arm}: {len(prompts):,} prompts, {cfg.steps} steps -> {out}")
+    check_sampling(policy, prompts[:2], tokenizer, cfg)  # Appendix A
+    first = sft.begin(out, cfg, models, optimizers)  # 0, or later: --resume
+    about = {"arm": arm, "ranks": sft.world()}
+    sft.write_json(out / "config.json", asdict(cfg) | about)
     bar = sft.steps(first, cfg, arm)
     for step in bar:
         clock = [tick(device)]  # Appendix B
         examples = choose_prompts(arm, prompts, step, cfg)  # this rank's share
         # 1. The policy writes a response to each prompt.
-        rollout = sample(models["policy"], examples, step, tokenizer, cfg)
+        rollout = sample(policy, examples, step, tokenizer, cfg)
         batch, mask = rollout.batch, rollout.batch.mask  # mask: [B, T]
         clock.append(tick(device))
         # 2. The four models judge: how likely is each token, what is expected, what is the score?
-        judged = judge(batch, models, cfg)  # logprobs, ref_logprobs, values: [B, T]
-        scored = score(rollout, models, examples, tokenizer, cfg)  # scores: [B]
+        judged = judge(batch, models, cfg)
+        logprobs, ref_logprobs, values, _ = judged  # [B, T]
+        scored = score(rollout, models, examples, tokenizer, cfg)
+        scores = scored.scores  # [B]
         if step == 0:
-            check_no_eos_score(rollout, scored.scores, tokenizer, cfg)  # Appendix A
+            check_no_eos_score(rollout, scores, tokenizer, cfg)  # Appendix A
         clock.append(tick(device))
         # 3. The responses are cut into macro actions.
-        starts, fallback = cut(arm, rollout, judged.ref_logprobs, tokenizer, cfg)  # [B, T]
+        starts, fallback = cut(arm, rollout, ref_logprobs, tokenizer, cfg)  # [B, T]
         seg = segment.segment_ids(starts, mask)  # [B, T]
         # 4. Each token gets its reward: the KL penalty, and the last one the score.
-        logprobs, ref_logprobs = judged.logprobs, judged.ref_logprobs  # [B, T]
-        rewards = token_rewards(scored.scores, logprobs, ref_logprobs, mask, cfg.beta)  # [B, T]
+        rewards = token_rewards(scores, logprobs, ref_logprobs, mask, cfg.beta)  # [B, T]
         # 5. Each action gets its advantage: how much better was it than expected?
         if arm == "rloo":
-            advantages = rloo_advantages(scored.scores, logprobs - ref_logprobs, mask, cfg)
-            targets = torch.zeros_like(rewards)  # [B, T], there is no critic to be taught
+            advantages = rloo_advantages(scores, logprobs - ref_logprobs, mask, cfg)
+            targets = torch.zeros_like(rewards)  # there is no critic
         else:
-            advantages, targets = assign_credit(arm, rewards, judged.values, seg, mask, cfg)
+            advantages, targets = assign_credit(arm, rewards, values, seg, mask, cfg)
         advantages = whiten(advantages, mask)  # [B, T]
         clock.append(tick(device))
         # 6. The policy makes good actions likelier; the critic learns to expect what came.
-        lesson = Lesson(batch, logprobs, judged.values, advantages, targets, starts, seg)
+        lesson = Lesson(batch, logprobs, values, advantages, targets, starts, seg)
         losses = improve(lesson, models, optimizers, step, cfg)
         clock.append(tick(device))
 
         # What is logged: Appendix B.
-        row = {"step": step} | summary(rollout, judged, scored, seg, fallback, tokenizer)
-        known = explained_variance(rewards, judged.values, mask) if "critic" in models else None
-        row |= {"explained_variance": known} | losses
-        row |= speeds(batch, clock, cfg)
+        row = {"step": step, "explained_variance": None}
+        row |= summary(rollout, judged, scored, seg, fallback, tokenizer)
+        if "critic" in models:
+            row["explained_variance"] = explained_variance(rewards, values, mask)
+        row |= losses | speeds(batch, clock, cfg)
         bar.set_postfix(rm_score=f"{row['rm_score']:.3f}", refresh=False)
         sft.log(out, row, cfg)
         if step % 10 == 0 or step == cfg.steps - 1:
-            kept = sample_rows(step, rollout, scored, lesson, examples, tokenizer)
-            sft.append(out / "samples.jsonl", *kept)
+            rows = sample_rows(step, rollout, scored, lesson, examples, tokenizer)
+            sft.append(out / "samples.jsonl", *rows)
         sft.save_checkpoint(out, step + 1, cfg, models, optimizers)
-    for name in optimizers:  # of the two that have learned; the critic can be a --reward_model
-        folder = out / {"policy": "model", "critic": "critic"}[name]
-        sft.save_models([models[name], tokenizer], folder)
+    sft.save_models([policy, tokenizer], out / "model")
+    if "critic" in models:  # it can be a --reward_model
+        sft.save_models([models["critic"], tokenizer], out / "critic")
     # From here on the folder is complete.
-    sft.write_json(out / "run.json", {"config": asdict(cfg), "result": {"arm": arm}})
+    run = {"config": asdict(cfg), "result": {"arm": arm}}
+    sft.write_json(out / "run.json", run)
 
 
 # Step 1. Sampling.
@@ -264,15 +264,15 @@ def train(arm, out, cfg, device):
 def choose_prompts(arm, prompts, step, cfg):
     """This rank's share of the step's prompts; in `rloo` each comes rloo_k times.
 
-    `sample` counts how often a prompt has come in this step: every time with other noise.
+    `sample` counts how often a prompt has come in this step (where there are few, they come
+    several times): every time with other noise.
     """
     copies = cfg.rloo_k if arm == "rloo" else 1
-    chosen = sft.batch_rows(prompts, step, cfg.batch_size // copies, cfg.seed)
     examples, seen = [], Counter()
-    for example in chosen:
+    for row in sft.batch_rows(prompts, step, cfg.batch_size // copies, cfg.seed):
         for _ in range(copies):
-            examples.append(example | {"sample": seen[example["number"]]})
-            seen[example["number"]] += 1  # few prompts come several times, too
+            examples.append(row | {"sample": seen[row["number"]]})
+            seen[row["number"]] += 1
     return sft.my_share(examples)
 
 
@@ -282,27 +282,25 @@ class Rollout(NamedTuple):
     batch: sft.Batch  # tokens [B, P+T], attention [B, P+T], mask [B, T]
     tokens: list  # B lists of token ids without padding
     texts: list  # B responses, decoded
-    seeds: list  # B integer lists [seed, step, prompt number(, sample)]
+    seeds: list  # B lists [seed, step, prompt number, sample]
 
 
 def sample(policy, examples, step, tokenizer, cfg):
     """Sample a response to each prompt -> `Rollout`.
 
-    The noise of a response is a function of (seed, step, prompt number), and where a prompt comes
-    again, of the sample's number, of nothing else. So a run repeats itself exactly, on any number
-    of ranks, and arms that are given the same prompts meet the same luck.
+    The noise of a response is a function of the seed, the step, the prompt's number and, where a
+    prompt comes again, the sample's number, of nothing else. So a run repeats itself exactly, on
+    any number of ranks, and arms that are given the same prompts meet the same luck.
     """
-    seeds = []
-    for example in examples:
-        copy_number = [example["sample"]] if example.get("sample") else []
-        seeds.append([cfg.seed, step, example["number"], *copy_number])
-    uniforms = np.array([np.random.default_rng(seed).random(cfg.max_response) for seed in seeds])
-    uniforms = torch.tensor(uniforms)  # [B, max_response]
-    prompts = [example["prompt"] for example in examples]
+    seeds = [[cfg.seed, step, row["number"], row.get("sample", 0)] for row in examples]
+    noise = [np.random.default_rng(seed).random(cfg.max_response) for seed in seeds]
+    uniforms = torch.tensor(np.array(noise))  # [B, max_response]
+    prompts = [row["prompt"] for row in examples]
     responses = []
     # Writing a token takes a GPU equally long for 8 rows as for 256, so all are sampled at once, or
     # as many as the cache has room for.
-    for part in sft.micro_slices(len(prompts), cfg.sample_batch_size or len(prompts)):
+    size = cfg.sample_batch_size or len(prompts)
+    for part in sft.micro_slices(len(prompts), size):
         responses += generate(policy, prompts[part], uniforms[part], tokenizer, cfg)
     batch = sft.make_batch(prompts, responses, tokenizer.pad_token_id, policy.device)
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -320,17 +318,17 @@ def generate(model, prompts, uniforms, tokenizer, cfg):
     A row's response depends on its own prompt and uniforms only, not on its batch. Returns B token
     lists, which end in EOS unless cut.
     """
-    responses = [[]] * len(prompts)
-    batch = sft.make_batch(prompts, responses, tokenizer.pad_token_id, model.device)
-    tokens, attention = batch.tokens[:, :-1], batch.attention[:, :-1]  # [B, P]
+    B, device = len(prompts), model.device
+    batch = sft.make_batch(prompts, [[]] * B, tokenizer.pad_token_id, device)
+    tokens = batch.tokens[:, :-1]  # [B, P]
+    attention = batch.attention[:, :-1]  # [B, P]
     place = sft.positions(attention)  # [B, P]
     cache, sampled = None, []
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)  # [B]
-    ends = torch.tensor(tokenizer.ends, device=model.device)  # any of them ends a response
-    columns = uniforms.to(model.device).T  # [max_response, B]
-    with sft.autocast(model, cache=True):  # weights are cast once, not for every token
-        for u in columns:  # [B]
-            output = model(  # cache: called past_key_values before transformers 5.24
+    done = torch.zeros(B, dtype=torch.bool, device=device)  # [B]
+    ends = torch.tensor(tokenizer.ends, device=device)  # [end marks]
+    with sft.autocast(model, cache=True):  # weights are cast once for all tokens
+        for u in uniforms.to(device).T:  # [B]
+            output = model(
                 input_ids=tokens,
                 attention_mask=attention,
                 position_ids=place,
@@ -340,26 +338,26 @@ def generate(model, prompts, uniforms, tokenizer, cfg):
             )
             cache = output.cache
             logits = sft.possible(output.logits[:, -1].float(), model)  # [B, N]
-            logprobs = shaped(logits, cfg)  # [B, N]
-            tokens = draw(logprobs, u)[:, None]  # [B, 1]
+            tokens = draw(shaped(logits, cfg), u)[:, None]  # [B, 1]
             sampled.append(tokens)
             done |= torch.isin(tokens.squeeze(1), ends)
+            finished = bool(done.all())
             # A model that is split among the ranks (--shard) is called until all of them are done.
-            sharded = isinstance(model, sft.FSDPModule)
-            if sft.all_sum(float(done.all())) == sft.world() if sharded else done.all():
+            if isinstance(model, sft.FSDPModule):
+                finished = sft.all_sum(finished) == sft.world()
+            if finished:
                 break
-            attention = torch.cat([attention, torch.ones_like(tokens)], 1)  # [B, P+t+1]
+            more = torch.ones_like(tokens)  # [B, 1]
+            attention = torch.cat([attention, more], 1)  # [B, P+t+1]
             place = place[:, -1:] + 1  # [B, 1]
     rows = torch.cat(sampled, 1).tolist()
     return [up_to_end(row, tokenizer.ends) for row in rows]
 
 
 def up_to_end(row, ends):
-    """A sampled row up to its first end mark; rows that end early were sampled on for nothing."""
-    for place, token in enumerate(row):
-        if token in ends:
-            return row[: place + 1]
-    return row
+    """A sampled row up to its first end mark; what was sampled behind it is for nothing."""
+    places = [i for i, token in enumerate(row) if token in ends]
+    return row[: places[0] + 1] if places else row
 
 
 def shaped(logits, cfg, keep=None):
@@ -367,41 +365,45 @@ def shaped(logits, cfg, keep=None):
 
     There must be one distribution, both sampled from and scored: a ratio or KL between the sampled
     distribution and another one would be wrong from the first step.
-    keep: BoolTensor [..., N] of allowed tokens; by default those that the logits themselves allow.
+    keep: BoolTensor [..., N] of allowed tokens; by default the top k.
     """
-    logits = logits / cfg.temperature  # [..., N]
+    logits = logits / cfg.temperature
+    if cfg.top_k and keep is None:
+        keep = among_top(logits, cfg.top_k)
     if cfg.top_k:
-        keep = among_top(logits, cfg.top_k) if keep is None else keep
         logits = logits.masked_fill(~keep, -torch.inf)
     return logits.log_softmax(-1)
 
 
 def among_top(logits, k):
     """Which tokens are among the k likeliest.  [..., N] -> BoolTensor [..., N]"""
-    least = logits.topk(min(k, logits.shape[-1])).values[..., -1:]  # [..., 1]
-    return logits >= least
+    k = min(k, logits.shape[-1])
+    return logits >= logits.topk(k).values[..., -1:]
 
 
 def draw(logprobs, uniforms):
     """Sample by inverting the cumulative distribution.  [B, N], [B] -> LongTensor [B]
 
-    The token is where the running sum of the probabilities passes the row's uniform number.
+    The token is where the running sum of the probabilities passes the row's uniform number. The
+    sum is in double precision: 100,000 small numbers must add up. NaN has no place in it, and gets
+    the last token: its update will be skipped.
     """
-    cdf = logprobs.double().exp().cumsum(-1)  # [B, N]; double: 100,000 small numbers must add up
-    drawn = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(1)  # [B]
-    return drawn.clamp(max=logprobs.shape[1] - 1)  # NaN has no place: the update will be skipped
+    cdf = logprobs.double().exp().cumsum(-1)  # [B, N]
+    level = uniforms[:, None] * cdf[:, -1:]  # [B, 1]
+    drawn = torch.searchsorted(cdf, level, right=True)  # [B, 1]
+    return drawn.squeeze(1).clamp(max=cdf.shape[1] - 1)  # [B]
 
 
 # Step 2. Judging.
 
 
 class Judged(NamedTuple):
-    """What policy, reference and critic say of the response tokens; 0 in the padding."""
+    """What policy, reference and critic say of the response tokens, [B, T]; 0 in the padding."""
 
-    logprobs: torch.Tensor  # [B, T] log pi of the tokens, under the policy that sampled them
-    ref_logprobs: torch.Tensor  # [B, T] the same under the reference
-    values: torch.Tensor  # [B, T] critic's V(s_t), s_t the text in front of token t
-    entropy: torch.Tensor  # [B, T] of the policy's next token, nats
+    logprobs: torch.Tensor  # log pi, of the policy that sampled them
+    ref_logprobs: torch.Tensor  # the same under the reference
+    values: torch.Tensor  # V(s_t), s_t the text in front of token t
+    entropy: torch.Tensor  # of the policy's next token, nats
 
 
 @torch.no_grad()
@@ -415,23 +417,23 @@ def judge(batch, models, cfg):
 
 def judge_rows(batch, models, cfg):
     """The same for a micro-batch of b rows.  -> `Judged` of [b, T] each"""
-    logprobs, every, keep = token_logprobs(models["policy"], batch, cfg)  # [b, T], [b, T, N] twice
+    policy, reference, mask = models["policy"], models["reference"], batch.mask
+    logprobs, every, keep = token_logprobs(policy, batch, cfg)  # every: [b, T, N]
     # The reference is asked about the same allowed tokens: else one that only the policy allows
     # would cost infinite KL.
-    ref_logprobs, _, _ = token_logprobs(models["reference"], batch, cfg, keep)  # [b, T]
+    ref_logprobs, _, _ = token_logprobs(reference, batch, cfg, keep)  # [b, T]
     values = torch.zeros_like(logprobs)  # [b, T]
     if "critic" in models:  # rloo has none
-        values = state_values(models["critic"], batch) * batch.mask  # [b, T]
-    entropy = torch.special.entr(every.exp()).sum(-1) * batch.mask  # [b, T]
+        values = state_values(models["critic"], batch) * mask  # [b, T]
+    entropy = torch.special.entr(every.exp()).sum(-1) * mask  # [b, T]
     return Judged(logprobs, ref_logprobs, values, entropy)
 
 
 def token_logprobs(model, batch, cfg, keep=None):
     """Log-probabilities of the response tokens, and of everything that could have stood there.
 
-    keep: BoolTensor [B, T, N] of allowed tokens; by default those that this model's own logits
-    allow, plus the sampled token, which rounding may have pushed over the edge.
-    Returns ([B, T] masked, [B, T, N], keep).
+    keep: BoolTensor [B, T, N] of allowed tokens; by default the top k, and the sampled token, which
+    rounding may have pushed over the edge. Returns ([B, T] masked, [B, T, N], keep).
     """
     logits = sft.response_logits(model, batch)  # [B, T, N]
     responses = batch.responses[..., None]  # [B, T, 1]
@@ -439,20 +441,21 @@ def token_logprobs(model, batch, cfg, keep=None):
         keep = among_top(logits.detach() / cfg.temperature, cfg.top_k)
         keep = keep.scatter(-1, responses, True)  # [B, T, N]
     every = shaped(logits, cfg, keep)  # [B, T, N]
-    return every.gather(-1, responses).squeeze(-1) * batch.mask, every, keep
+    logprobs = every.gather(-1, responses).squeeze(-1)  # [B, T]
+    return logprobs * batch.mask, every, keep
 
 
 def state_values(critic, batch):
     """The critic's V(s_t), read at the token in front of response token t.  -> [B, T]"""
-    return critic(batch)[:, -batch.mask.shape[1] - 1 : -1]  # [B, T]
+    return critic(batch)[:, -batch.mask.shape[1] - 1 : -1]
 
 
 class Scored(NamedTuple):
     """What B responses are worth."""
 
-    scores: torch.Tensor  # [B] RM score, or that of the unit tests, or no_eos_score
-    gold: torch.Tensor | None = None  # [B] gold scores, where the task has them
-    passed: torch.Tensor | None = None  # [B] whether all unit tests passed, where there are any
+    scores: torch.Tensor  # [B] what training wants large
+    gold: torch.Tensor | None  # [B] the toy's truth
+    passed: torch.Tensor | None  # [B] programs: whether all tests passed
 
 
 @torch.no_grad()
@@ -462,23 +465,28 @@ def score(rollout, models, examples, tokenizer, cfg):
     A response that was cut before its end mark gets no_eos_score: the RM has never judged half an
     answer, and a policy that never stops must not be paid for it.
     """
-    batch, gold, passed = rollout.batch, None, None
+    batch, texts = rollout.batch, rollout.texts
+    gold, passed = None, None
     stopped = ended(batch, tokenizer)  # [B]
-    if not has_rm(cfg):
-        function = reward.own_reward(cfg.reward) if cfg.reward else reward.unit_test_scores
-        prompts = [example["text"] for example in examples]
-        scores = torch.tensor(function(prompts, rollout.texts, examples))  # [B]
-        scores = scores.to(stopped.device)
-        passed = None if cfg.reward else (scores == 1) & stopped  # [B]
+    if has_rm(cfg):
+        parts = sft.micro_slices(len(texts), cfg.micro_batch_size)
+        rows = [batch.rows(part) for part in parts]
+        scores = [reward.last_token_scores(models["reward"], x) for x in rows]
+        scores = torch.cat(scores)  # [B]
     else:
-        parts = sft.micro_slices(len(examples), cfg.micro_batch_size)
-        rm = models["reward"]
-        scores = torch.cat([reward.last_token_scores(rm, batch.rows(part)) for part in parts])
+        prompts = [row["text"] for row in examples]
+        judge_texts = reward.unit_test_scores
+        if cfg.reward:
+            judge_texts = reward.own_reward(cfg.reward)
+        scores = torch.tensor(judge_texts(prompts, texts, examples))  # [B]
+        scores = scores.to(stopped.device)
+    if cfg.task in sft.PROGRAMS and not cfg.reward:
+        passed = (scores == 1) & stopped  # [B]
     if cfg.task == "toy":
-        pairs = zip(examples, rollout.texts, strict=True)
-        gold = torch.tensor([reward.gold_score(row["facts"], text) for row, text in pairs])  # [B]
+        facts = [row["facts"] for row in examples]
+        gold = torch.tensor([*map(reward.gold_score, facts, texts)])  # [B]
     if cfg.no_eos_score != "none":
-        scores = torch.where(stopped, scores, float(cfg.no_eos_score))  # [B]
+        scores = torch.where(stopped, scores, float(cfg.no_eos_score))
     return Scored(scores, gold, passed)
 
 
@@ -516,9 +524,8 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
     """The KL penalty at every token, plus the score at the last real one.  -> [B, T]
 
     scores: [B]; logprobs, ref_logprobs, mask: [B, T]; beta: reward per nat, the unit of natural
-    logarithms. The sum of log pi - log pi_ref over a sampled response is an unbiased estimate of
-    the KL divergence. The score lands on the last *real* token, the end mark: in a padded row the
-    last column lies after the end, where nothing was decided, and the mask would drop the score.
+    logarithms. The score lands on the last *real* token, the end mark: in a padded row the last
+    column lies after the end, where nothing was decided, and the mask would drop the score.
 
     >>> mask = torch.tensor([[1, 1, 0]])  # a response of two tokens, and padding
     >>> logprobs, ref_logprobs = torch.tensor([[-1.0, -2, 0]]), torch.tensor([[-3.0, -2, 0]])
@@ -527,19 +534,20 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
     """
     rewards = -beta * (logprobs - ref_logprobs) * mask  # [B, T]
     last = (mask.sum(1, keepdim=True).long() - 1).clamp(min=0)  # [B, 1]
-    return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))  # [B, T]
+    scores = scores[:, None].to(rewards.dtype)  # [B, 1]
+    return rewards.scatter_add(1, last, scores)
 
 
 # Step 5. Credit. The first two functions are what the paper is about: read them side by side. The
-# third does one half of what the second does: fewer factors lambda, and no pooled values.
+# second does two things at once: it has fewer factors lambda, and one value for several tokens. The
+# third has the fewer factors only, and leaves every token its own value.
 
 
 def token_gae(rewards, values, mask, gamma, lam):
     """Advantages and the critic's targets per token (GAE).
 
     rewards, values, mask: [B, T]; gamma, lam: per token. Returns (advantages, targets), [B, T],
-    0 in the padding. The primer's response, lam = 0.5: from the end, A_5 = 3 - 1 = 2,
-    A_4 = (0 + 1 - 2) + 0.5 x 2 = 0, A_3 = (0 + 2 - 1) + 0.5 x 0 = 1, and so on.
+    0 in the padding. The primer's response:
 
     >>> rewards = torch.tensor([[0.0, -1, 0, 0, 0, 3]])
     >>> values = torch.tensor([[1.0, 3, 0, 1, 2, 1]])
@@ -553,14 +561,13 @@ def token_gae(rewards, values, mask, gamma, lam):
     return A * mask, targets * mask
 
 
-def macro_gae(rewards, values, mask, seg, gamma, lam, value_pooling="equal", reward_pooling="sum"):
+def macro_gae(rewards, values, mask, seg, gamma, lam, sigma="equal", kind="sum"):
     """Advantages and targets per macro action, handed to each of its tokens (paper, section 3.2).
 
-    rewards, values, mask: [B, T]; seg: LongTensor [B, T]; gamma, lam: per macro action;
-    value_pooling, reward_pooling: see `pool`. Returns (advantages, targets), [B, T], 0 in the
-    padding. The primer's response in macro actions of 2, 3 and 1 tokens, lam = 0.5:
-    R = (-1, 0, 3), V = (2, 1, 1); A_2 = 3 - 1 = 2, A_1 = (0 + 1 - 1) + 0.5 x 2 = 1,
-    A_0 = (-1 + 1 - 2) + 0.5 x 1 = -1.5.
+    rewards, values, mask: [B, T]; seg: LongTensor [B, T]; gamma, lam: per macro action; sigma and
+    kind say how `pool` makes one value and one reward of several. Returns (advantages, targets),
+    [B, T], 0 in the padding. The primer's response: R = (-1, 0, 3), V = (2, 1, 1); A_2 = 3 - 1 = 2,
+    A_1 = (0 + 1 - 1) + 0.5 x 2 = 1, A_0 = (-1 + 1 - 2) + 0.5 x 1 = -1.5.
 
     >>> rewards = torch.tensor([[0.0, -1, 0, 0, 0, 3]])
     >>> values = torch.tensor([[1.0, 3, 0, 1, 2, 1]])
@@ -568,8 +575,8 @@ def macro_gae(rewards, values, mask, seg, gamma, lam, value_pooling="equal", rew
     >>> macro_gae(rewards, values, torch.ones(1, 6), seg, gamma=1.0, lam=0.5)[0].tolist()
     [[-1.5, -1.5, 1.0, 1.0, 1.0, 2.0]]
     """
-    R = pool(rewards, seg, mask, reward_pooling)  # [B, K]
-    V = pool(values, seg, mask, value_pooling)  # [B, K], so V after the last macro action is 0
+    R = pool(rewards, seg, mask, kind)  # [B, K]
+    V = pool(values, seg, mask, sigma)  # [B, K], so V after the last macro action is 0
     A = discounted_sum(R + gamma * shift(V) - V, gamma * lam)  # [B, K]
     targets = A + V  # [B, K]
     return A.gather(1, seg) * mask, targets.gather(1, seg) * mask
@@ -591,7 +598,7 @@ def own_gae(rewards, values, mask, seg, gamma, lam):
     """
     R = torch.where(mask.bool(), rewards, 0)  # [B, T]
     V = torch.where(mask.bool(), values, 0)  # [B, T]
-    begins = shift(seg) != seg  # [B, T], whether the next token begins a macro action
+    begins = shift(seg) != seg  # [B, T], whether the next token begins one
     factor = torch.full_like(R, gamma).masked_fill(begins, gamma * lam)  # [B, T]
     A = discounted_sum(R + gamma * shift(V) - V, factor)  # [B, T]
     targets = A + V  # [B, T]
@@ -600,14 +607,15 @@ def own_gae(rewards, values, mask, seg, gamma, lam):
 
 def shift(x):
     """Every column replaced by the one after it, the last by 0.  [B, N] -> [B, N]"""
-    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1)  # [B, N]
+    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1)
 
 
 def discounted_sum(x, factor):
     """y_i = x_i + factor_i * y_{i+1} along each row, from the end.  [B, N], number or [B, N]"""
     y = torch.zeros_like(x)  # [B, N]
-    factor = factor if torch.is_tensor(factor) else torch.full_like(x, factor)  # [B, N]
-    running = torch.zeros_like(x[:, 0]) if x.shape[1] else None  # [B]
+    if not torch.is_tensor(factor):
+        factor = torch.full_like(x, factor)  # [B, N]
+    running = x.new_zeros(len(x))  # [B]
     for i in reversed(range(x.shape[1])):
         running = x[:, i] + factor[:, i] * running
         y[:, i] = running
@@ -619,21 +627,23 @@ def assign_credit(arm, rewards, values, seg, mask, cfg):
 
     The targets stay in units of reward. The critic may be taught with a lambda of its own.
     """
-    advantages, targets = estimate(arm, rewards, values, seg, mask, cfg.lam, cfg)  # [B, T]
+    data = arm, rewards, values, seg, mask
+    advantages, targets = estimate(*data, cfg.lam, cfg)
     if cfg.critic_lam is not None:
-        _, targets = estimate(arm, rewards, values, seg, mask, cfg.critic_lam, cfg)  # [B, T]
+        _, targets = estimate(*data, cfg.critic_lam, cfg)
     return advantages, targets
 
 
 def estimate(arm, rewards, values, seg, mask, lam, cfg):
     """Advantages and targets by the one of the three that the arm uses.  All [B, T]."""
-    if arm == "token":
-        return token_gae(rewards, values, mask, cfg.gamma, lam)
-    if arm == "control":  # the horizon of macro actions of ngram tokens, without macro actions
-        return token_gae(rewards, values, mask, cfg.gamma, lam ** (1 / cfg.ngram))
+    data, gamma = (rewards, values, mask), cfg.gamma
+    if arm == "control":  # as far a horizon as that of n tokens an action
+        lam = lam ** (1 / cfg.ngram)
+    if arm in ("token", "control"):
+        return token_gae(*data, gamma, lam)
     if cfg.sigma == "own":
-        return own_gae(rewards, values, mask, seg, cfg.gamma, lam)
-    return macro_gae(rewards, values, mask, seg, cfg.gamma, lam, cfg.sigma, cfg.macro_reward)
+        return own_gae(*data, seg, gamma, lam)
+    return macro_gae(*data, seg, gamma, lam, cfg.sigma, cfg.macro_reward)
 
 
 def rloo_advantages(scores, log_ratios, mask, cfg):
@@ -649,10 +659,11 @@ def rloo_advantages(scores, log_ratios, mask, cfg):
     [[-3.0], [3.0]]
     """
     total = scores - cfg.beta * log_ratios.sum(1)  # [B]
-    everyone = torch.tensor(sft.gather(total.tolist())).view(-1, cfg.rloo_k)  # [prompts, k]
-    others = (everyone.sum(1, keepdim=True) - everyone) / (cfg.rloo_k - 1)  # [prompts, k]
-    mine = sft.my_share((everyone - others).flatten()).to(total.device)  # [B]
-    return mine[:, None] * mask  # [B, T]
+    k = cfg.rloo_k
+    Q = torch.tensor(sft.gather(total.tolist())).view(-1, k)  # [prompts, k]
+    others = (Q.sum(1, keepdim=True) - Q) / (k - 1)  # [prompts, k]
+    mine = sft.my_share((Q - others).flatten())  # [B]
+    return mine.to(mask.device)[:, None] * mask
 
 
 def explained_variance(rewards, values, mask):
@@ -662,8 +673,8 @@ def explained_variance(rewards, values, mask):
     came. 1: it knows all, up to a constant; 0: no more than their mean; below 0: it would better
     say nothing.
     """
-    G = discounted_sum(torch.where(mask.bool(), rewards, 0), 1.0)  # [B, T]
-    error = G - values  # [B, T]
+    G = discounted_sum(torch.where(mask.bool(), rewards, 0), 1.0)
+    error = G - values
     unknown = masked_mean((error - masked_mean(error, mask)) ** 2, mask)
     total = masked_mean((G - masked_mean(G, mask)) ** 2, mask)
     return 1 - unknown / total if total > 0 else 0.0
@@ -673,13 +684,13 @@ def whiten(x, mask):
     """Mean 0, variance 1 over the real tokens of all ranks.  [B, T] -> [B, T], 0 in the padding."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
-    return torch.where(mask.bool(), (x - mean) / (variance + 1e-8) ** 0.5, 0)  # [B, T]
+    return torch.where(mask.bool(), (x - mean) / (variance + 1e-8) ** 0.5, 0)
 
 
 def masked_mean(x, mask):
     """Mean of x over the real tokens of all ranks, a float."""
-    x = torch.where(mask.bool(), x, 0)  # [B, T]
-    return float(sft.all_sum(x.sum().double().cpu()) / sft.all_sum(mask.sum()))
+    total = torch.where(mask.bool(), x, 0).sum().double()
+    return float(sft.all_sum(total.cpu()) / sft.all_sum(mask.sum()))
 
 
 # Step 6. Improvement.
@@ -696,19 +707,18 @@ def ratios(logprobs, old_logprobs, mask, seg=None):
     return log_ratio.exp()
 
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, seg=None):
-    """PPO's clipped objective, averaged over real tokens.  -> scalar
+def policy_loss(ratio, advantages, mask, clip=0.2):
+    """PPO's clipped objective, averaged over real tokens.  All [B, T] -> scalar
 
-    All [B, T], seg a LongTensor: with it there is one ratio per macro action (the paper's formula).
-    A macro action of L tokens then enters the sum L times, with the product of all L ratios.
+    Where the ratios are those of macro actions (the paper's formula), one of L tokens enters the
+    sum L times, with the product of all L ratios.
     """
-    ratio = ratios(logprobs, old_logprobs, mask, seg)  # [B, T]
-    clipped = ratio.clamp(1 - clip, 1 + clip)  # [B, T]
-    advantages = torch.where(mask.bool(), advantages, 0)  # [B, T]
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    advantages = torch.where(mask.bool(), advantages, 0)
     # The smaller of the two, clip = 0.2. It stops the gradient where A has got what it asks for:
     #     A > 0, ratio above 1.2: 1.2 A, constant        A > 0, ratio below 0.8: ratio x A, goes on
     #     A < 0, ratio below 0.8: 0.8 A, constant        A < 0, ratio above 1.2: ratio x A, goes on
-    loss = -torch.min(ratio * advantages, clipped * advantages)  # [B, T]
+    loss = -torch.min(ratio * advantages, clipped * advantages)
     return loss.sum() / mask.sum().clamp(min=1)
 
 
@@ -720,24 +730,24 @@ def value_loss(values, old_values, targets, mask, clip=0.2):
     clip is in units of reward here, where targets may span ten, so that further updates hardly get
     anywhere (hence --value_clip 0 with more --critic_epochs).
     """
-    values = torch.where(mask.bool(), values, 0)  # [B, T]
-    old_values = torch.where(mask.bool(), old_values, 0)  # [B, T]
-    targets = torch.where(mask.bool(), targets, 0)  # [B, T]
-    clipped = old_values + (values - old_values).clamp(-clip, clip)  # [B, T]
-    loss = 0.5 * torch.max((values - targets) ** 2, (clipped - targets) ** 2)  # [B, T]
+    values = torch.where(mask.bool(), values, 0)
+    old_values = torch.where(mask.bool(), old_values, 0)
+    targets = torch.where(mask.bool(), targets, 0)
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    loss = 0.5 * torch.max((values - targets) ** 2, (clipped - targets) ** 2)
     return loss.sum() / mask.sum().clamp(min=1)
 
 
 class Lesson(NamedTuple):
-    """What the updates of a step need to know of B responses."""
+    """What the updates of a step need to know of B responses; tensors [B, T]."""
 
     batch: sft.Batch
-    logprobs: torch.Tensor  # [B, T] under the policy that sampled them
-    values: torch.Tensor  # [B, T] as the critic said before
-    advantages: torch.Tensor  # [B, T] whitened
-    targets: torch.Tensor  # [B, T] what the critic is taught
-    starts: torch.Tensor  # [B, T] True where a macro action begins
-    seg: torch.Tensor  # [B, T] number of the macro action that each token belongs to
+    logprobs: torch.Tensor  # under the policy that sampled them
+    values: torch.Tensor  # as the critic said before
+    advantages: torch.Tensor  # whitened
+    targets: torch.Tensor  # what the critic is taught
+    starts: torch.Tensor  # True where a macro action begins
+    seg: torch.Tensor  # the number of each token's macro action
 
     def parts(self, size):
         """Yield the lesson in micro-batches of at most `size` rows."""
@@ -750,53 +760,61 @@ def improve(lesson, models, optimizers, step, cfg):
 
     In the first --critic_steps steps only the critic learns.
     """
+    policy, critic = models["policy"], models.get("critic")
     token_count = float(sft.all_sum(lesson.batch.mask.sum().cpu()))
-    learning = step - cfg.critic_steps  # steps since the policy began to learn
+    learning = step - cfg.critic_steps  # steps since the policy began
     lr = cfg.lr * min(1.0, (learning + 1) / max(1, cfg.warmup))
-    policy_totals, value_totals, ratios_seen = [], [], []
-    for _ in range(cfg.ppo_epochs if learning >= 0 else 0):
+    policy_epochs = cfg.ppo_epochs if learning >= 0 else 0
+    critic_epochs = (cfg.critic_epochs or cfg.ppo_epochs) if critic else 0
+    totals, critic_totals, ratios_seen = [], [], []
+    for _ in range(policy_epochs):
         # A generator: `update` takes a loss, runs its backward pass, and only then asks for more.
-        losses = policy_losses(lesson, models["policy"], token_count, cfg, ratios_seen)
-        policy_totals.append(sft.update(models["policy"], optimizers["policy"], losses, lr))
-    for _ in range((cfg.critic_epochs or cfg.ppo_epochs) if "critic" in models else 0):
-        losses = value_losses(lesson, models["critic"], token_count, cfg)
-        total = sft.update(models["critic"], optimizers["critic"], losses, cfg.critic_lr)
-        value_totals.append(total)
+        losses = policy_losses(lesson, policy, token_count, cfg, ratios_seen)
+        totals.append(sft.update(policy, optimizers["policy"], losses, lr))
+    for _ in range(critic_epochs):
+        losses = value_losses(lesson, critic, token_count, cfg)
+        total = sft.update(critic, optimizers["critic"], losses, cfg.critic_lr)
+        critic_totals.append(total)
     return {
-        "policy_loss": sum(policy_totals) / len(policy_totals) if policy_totals else None,
-        "value_loss": sum(value_totals) / len(value_totals) if value_totals else None,
+        "policy_loss": sum(totals) / policy_epochs if policy_epochs else None,
+        "value_loss": sum(critic_totals) / critic_epochs if critic_epochs else None,
     } | ratio_metrics(ratios_seen, cfg)
 
 
 def policy_losses(lesson, policy, token_count, cfg, ratios_seen):
-    """Yield each micro-batch's share of the policy loss; its ratios are added to `ratios_seen`."""
+    """Yield each micro-batch's share of the policy loss; its ratios are added to `ratios_seen`.
+
+    A mean over the tokens of a micro-batch weighs as many tokens as it has.
+    """
     for part in lesson.parts(cfg.micro_batch_size):
         mask = part.batch.mask  # [b, T]
-        seg = part.seg if cfg.ratio == "macro" else None  # [b, T]
-        logprobs = token_logprobs(policy, part.batch, cfg)[0]  # [b, T]
-        counted = mask.bool() if seg is None else part.starts  # [b, T], one per macro action
-        ratio = ratios(logprobs.detach(), part.logprobs, mask, seg)  # [b, T]
-        ratios_seen.append(ratio[counted])
-        loss = policy_loss(logprobs, part.logprobs, part.advantages, mask, cfg.clip, seg)
+        logprobs, _, _ = token_logprobs(policy, part.batch, cfg)  # [b, T]
+        seg, counted = None, mask.bool()
+        if cfg.ratio == "macro":
+            seg, counted = part.seg, part.starts  # one ratio per macro action
+        ratio = ratios(logprobs, part.logprobs, mask, seg)  # [b, T]
+        ratios_seen.append(ratio.detach()[counted])
+        loss = policy_loss(ratio, part.advantages, mask, cfg.clip)
         yield loss * mask.sum() / token_count
 
 
 def value_losses(lesson, critic, token_count, cfg):
     """Yield each micro-batch's share of the value loss."""
     clip = cfg.clip if cfg.value_clip is None else cfg.value_clip
+    clip = clip or math.inf
     for part in lesson.parts(cfg.micro_batch_size):
         mask = part.batch.mask  # [b, T]
         values = state_values(critic, part.batch)  # [b, T]
-        loss = value_loss(values, part.values, part.targets, mask, clip or math.inf)
+        loss = value_loss(values, part.values, part.targets, mask, clip)
         yield loss * mask.sum() / token_count
 
 
 def main(argv=None):
     """Make the SFT model and the RM if they are missing, train every arm from them, draw."""
     cfg = parse(argv)  # Appendix C
-    device = sft.setup(cfg.device)  # join the other ranks, if there are any
-    folders = [sft.claim(Path(cfg.out) / arm) for arm in cfg.arms]  # held against other runs
-    build_missing_stages(cfg)  # chapters 1 and 2, where their folders are not there yet: Appendix A
+    device = sft.setup(cfg.device)  # joins the other ranks, if there are any
+    folders = [sft.claim(Path(cfg.out) / arm) for arm in cfg.arms]  # for this run alone
+    build_missing_stages(cfg)  # chapters 1 and 2: Appendix A
     for arm, folder in zip(cfg.arms, folders, strict=True):
         if not sft.finished(folder, cfg):  # --resume auto
             train(arm, folder, cfg, device)
@@ -809,17 +827,18 @@ def main(argv=None):
 # earlier chapters are run for it, so that one command goes from nothing to a picture.
 
 import os
+import re
 import shlex
 import subprocess
 import sys
 
 
 def load_prompts(tokenizer, cfg):
-    """The PPO share's prompts, once each: {number, text, prompt (token list), ...}.
+    """The PPO share's prompts, once each: rows with {number, text, prompt (token list)}.
 
     A toy prompt has its post's {facts} as well, a program's its unit tests {problem}.
     """
-    fields = ("problem",) if cfg.task in sft.PROGRAMS else ()
+    fields = ["problem"] if cfg.task in sft.PROGRAMS else []
     rows = {}
     for row in sft.load_share(cfg, "ppo", *fields):
         rows.setdefault(row["prompt"], row)
@@ -827,8 +846,7 @@ def load_prompts(tokenizer, cfg):
     encoded = sft.encode(rows, tokenizer, cfg, ["prompt"])
     prompts = []
     for number, (row, ids) in enumerate(zip(rows, encoded, strict=True)):
-        known = {name: row[name] for name in ("facts", "problem", "raw") if name in row}
-        prompts.append({"number": number, "text": row["prompt"], "prompt": ids["prompt"]} | known)
+        prompts.append(row | {"number": number, "text": row["prompt"]} | ids)
     return prompts
 
 
@@ -836,27 +854,26 @@ def load_prompts(tokenizer, cfg):
 def check_sampling(policy, prompts, tokenizer, cfg):
     """Refuse a model that samples from another distribution than the one that is scored.
 
-    `generate` reads keys and values from a cache, and skips padding by position ids. Not every
-    architecture keeps its memory in that way, and one that does not goes wrong in silence. So two
-    prompts get eight tokens each, and the logits that these were drawn from are compared with those
-    of a forward pass over the whole text, without a cache.
+    `generate` reads the past from a cache, and skips padding by position ids. An architecture that
+    keeps its memory in another way goes wrong in silence. So two prompts get eight tokens each, and
+    the logits that these were drawn from are compared with those of one pass over the whole text.
     """
-    uniforms = torch.full((len(prompts), min(8, cfg.max_response)), 0.5, dtype=torch.float64)
-    texts = [example["prompt"] for example in prompts]
-    seen = []  # a [b, N] for every token
-    hook = policy.register_forward_hook(lambda *args: seen.append(args[-1].logits[:, -1].float()))
+    texts = [row["prompt"] for row in prompts]
+    uniforms = torch.full((len(texts), min(8, cfg.max_response)), 0.5).double()
+    seen = []  # what the model puts out, for every token
+    hook = policy.register_forward_hook(lambda *args: seen.append(args[-1]))
     responses = generate(policy, texts, uniforms, tokenizer, cfg)
     hook.remove()
     batch = sft.make_batch(texts, responses, tokenizer.pad_token_id, policy.device)
     whole = sft.response_logits(policy, batch)  # [b, t, N]
-    cached = sft.possible(torch.stack(seen[: whole.shape[1]], 1), policy)  # [b, t, N]
+    cached = [output.logits[:, -1].float() for output in seen[: whole.shape[1]]]
+    cached = sft.possible(torch.stack(cached, 1), policy)  # [b, t, N]
     usable = whole[0, 0] > -1e8  # [N], without ids that stand for no token
     spread = whole[..., usable].std(-1)  # [b, t] of the logits
     wrong = (cached - whole)[..., usable].std(-1) / spread  # [b, t]
     most = 0.2 if policy.bf16 else 0.01  # bf16 rounds more
     if ((wrong > most) & batch.mask.bool()).any():
-        name = type(policy).__name__
-        sft.fail(f"--sft {cfg.sft}: a {name} samples other tokens with its cache than without")
+        sft.fail(f"--sft {cfg.sft}: {type(policy).__name__} goes wrong with its cache")
 
 
 def check_no_eos_score(rollout, scores, tokenizer, cfg):
@@ -864,21 +881,22 @@ def check_no_eos_score(rollout, scores, tokenizer, cfg):
 
     Reward models have their zero where they like. scores: [B].
     """
-    stopped = ended(rollout.batch, tokenizer)  # [B]
-    found = torch.tensor(sft.gather(scores[stopped].tolist()), dtype=torch.float64)  # [all ended]
-    if cfg.no_eos_score == "none" or cfg.task in sft.PROGRAMS or not len(found):
+    if cfg.no_eos_score == "none" or cfg.task in sft.PROGRAMS:
         return
-    mean, spread = float(found.mean()), float(found.std(correction=0))
-    if float(cfg.no_eos_score) >= mean:
-        paid = f"--no_eos_score {cfg.no_eos_score} pays for not ending; responses that end score"
-        lower = f"{mean - max(1.0, 2 * spread):.1f}"
-        sft.fail(f"{paid} {mean:.2f} on average: set --no_eos_score {lower}, or none")
+    stopped = ended(rollout.batch, tokenizer)  # [B]
+    found = sft.gather(scores[stopped].tolist())
+    if found and float(cfg.no_eos_score) >= np.mean(found):
+        lower = np.mean(found) - max(1.0, 2 * np.std(found))
+        paid = f"--no_eos_score {cfg.no_eos_score} pays for not ending"
+        others = f"responses that end score {np.mean(found):.2f} on average"
+        sft.fail(f"{paid}, {others}: set --no_eos_score {lower:.1f}, or none")
 
 
 # Settings that a stage takes over; and those in which a finished stage must agree with this run.
 SHARED = (
-    *("seed", "split", "chat_template", "max_prompt", "max_response", "model", "device"),
-    *("precision", "gradient_checkpointing", "compile", "shard", "resume", "keep"),
+    *("seed", "split", "chat_template", "max_prompt", "max_response"),
+    *("device", "precision", "gradient_checkpointing", "compile", "shard"),
+    *("resume", "keep"),
 )
 SHAPING = ("task", "data", "split", "chat_template", "max_prompt", "max_response")
 
@@ -895,20 +913,15 @@ def build_missing_stages(cfg):
 
 def run_stage(chapter, out, cfg, *flags):
     """Run a chapter for the folder `out`, unless its finished run is there already."""
-    name = chapter.__name__
-    flags = ["--task", cfg.task, "--out", out, *flags]
+    flags = ["--task", cfg.task, "--out", out, "--model", cfg.model, *flags]
     if cfg.data:
         flags += ["--data", *cfg.data]
-    usual = sft.parse(chapter.Config, name, flags)
-    for setting in SHARED:
-        value = getattr(cfg, setting)
-        if value != getattr(usual, setting):
-            flags += [f"--{setting}", *map(str, value if isinstance(value, list) else [value])]
-    stage = sft.parse(chapter.Config, name, flags)
+    stage = sft.parse(chapter.Config, chapter.__name__, flags)
+    stage = replace(stage, **{name: getattr(cfg, name) for name in SHARED})
     if (Path(out) / "run.json").exists():
         check_stage(out, stage)
     else:
-        print0(f"{out} is missing; making it: python {name}.py {shlex.join(flags)}")
+        print0(f"{out} is missing: {chapter.__name__}.py makes it")
         chapter.train(stage)
 
 
@@ -918,20 +931,20 @@ def check_stage(out, stage):
     for name in SHAPING:
         old, new = made.get(name), getattr(stage, name)
         if old != new:
-            was = f"--{name} {old!r}, not {new!r}"
-            sft.fail(f"{out} was made with {was}: choose another --out, or remove it")
+            sft.fail(f"--{name} was {old!r}, not {new!r}, for {out}: choose another --out")
     # A short trial should not pass unnoticed.
-    size = f"{made['steps']} steps of {made['batch_size']}"
-    print0(f"using {out}: seed {made['seed']}, {size}, lr {made['lr']}")
+    shown = [f"{name} {made[name]}" for name in ("seed", "steps", "batch_size", "lr")]
+    print0(f"using {out}: {', '.join(shown)}")
 
 
 def draw_curves(folders, cfg):
     """Hand the finished runs on to chapter 5, as a command: nothing here may import it."""
     if sft.rank() == 0:
-        flags = ["curves", "--runs", *map(str, folders), "--png", f"{cfg.out}/curves.png"]
+        picture = f"{cfg.out}/curves.png"
+        flags = ["curves", "--runs", *map(str, folders), "--png", picture]
         print0(f"drawing: python eval.py {shlex.join(flags)}")
-        alone = {name: value for name, value in os.environ.items() if name != "RANK"}
         script = Path(__file__).with_name("eval.py")
+        alone = {name: x for name, x in os.environ.items() if name != "RANK"}
         subprocess.run([sys.executable, script, *flags], check=True, env=alone)
 
 
@@ -961,7 +974,6 @@ def draw_curves(folders, cfg):
 # samples.jsonl has four responses of every tenth step, token by token with their credit.
 
 import time
-from itertools import pairwise
 
 PHASES = ("sample", "judge", "credit", "update")
 
@@ -975,14 +987,14 @@ def tick(device):
 
 def speeds(batch, clock, cfg):
     """Seconds of a step's phases, which lie between the ticks, and tokens per second in them."""
-    found = {"seconds": clock[-1] - clock[0]}
-    for name, (before, after) in zip(PHASES, pairwise(clock), strict=True):
-        found[f"seconds_{name}"] = after - before
-    sampled = float(sft.all_sum(batch.mask.sum().cpu()))
     read = float(sft.all_sum(batch.attention.sum().cpu()))  # with the prompts
-    found["tokens_per_second_sample"] = sampled / found["seconds_sample"]
-    found["tokens_per_second_judge"] = read / found["seconds_judge"]
-    found["tokens_per_second_update"] = read * cfg.ppo_epochs / found["seconds_update"]
+    tokens = {"judge": read, "update": read * cfg.ppo_epochs}
+    tokens["sample"] = float(sft.all_sum(batch.mask.sum().cpu()))
+    found = {"seconds": clock[-1] - clock[0]}
+    for name, duration in zip(PHASES, np.diff(clock).tolist(), strict=True):
+        found[f"seconds_{name}"] = duration
+        if name in tokens:
+            found[f"tokens_per_second_{name}"] = tokens[name] / duration
     if batch.mask.is_cuda:
         found["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
         torch.cuda.reset_peak_memory_stats()
@@ -1002,15 +1014,15 @@ def summary(rollout, judged, scored, seg, fallback, tokenizer):
         "entropy": judged.entropy.sum(1),
         "ref_surprise": -judged.ref_logprobs.sum(1),
     }
-    row = {}
+    row = dict.fromkeys(("gold_score", "gold_score_std", "pass_rate"))
     for name, column in columns.items():
-        row[name], spread = None, None
-        if column is not None:
-            everyone = torch.tensor(sft.gather(column.tolist()), dtype=torch.float64)  # [all B]
-            row[name] = float(everyone.mean())
-            spread = float(everyone.std(correction=0))
+        if column is None:
+            continue
+        everyone = sft.gather(column.tolist())
+        everyone = torch.tensor(everyone, dtype=torch.float64)  # [all B]
+        row[name] = float(everyone.mean())
         if name.endswith("_score"):
-            row[f"{name}_std"] = spread
+            row[f"{name}_std"] = float(everyone.std(correction=0))
     row["macro_length"] = row["response_length"] / row["macro_actions"]
     for name in ("entropy", "ref_surprise"):
         row[name] /= row["response_length"]
@@ -1026,12 +1038,13 @@ def ratio_metrics(ratios_seen, cfg):
     if not ratios_seen:  # only the critic has learned
         return {"clip_fraction": None, "ratio_first": None}
     every = torch.cat(ratios_seen)  # [number of ratios]
-    outside = float(sft.all_sum(((every - 1).abs() > cfg.clip).sum().cpu()))
-    count = float(sft.all_sum(every.numel()))
-    before = torch.cat(ratios_seen[: len(ratios_seen) // cfg.ppo_epochs])  # of the first update
-    extremes = sft.gather([float(before.min()), float(before.max())])
+    outside = ((every - 1).abs() > cfg.clip).sum()
+    share = sft.all_sum(float(outside)) / sft.all_sum(len(every))
+    count = len(ratios_seen) // cfg.ppo_epochs
+    first = torch.cat(ratios_seen[:count])  # of the first update
+    extremes = sft.gather([float(first.min()), float(first.max())])
     farthest = max(extremes, key=lambda ratio: abs(ratio - 1))
-    return {"clip_fraction": outside / count, "ratio_first": farthest}
+    return {"clip_fraction": float(share), "ratio_first": farthest}
 
 
 def sample_rows(step, rollout, scored, lesson, examples, tokenizer):
@@ -1044,10 +1057,12 @@ def sample_rows(step, rollout, scored, lesson, examples, tokenizer):
             "prompt": examples[i]["text"],
             "response": rollout.texts[i],
             "rm_score": float(scored.scores[i]),
-            "gold_score": None if scored.gold is None else float(scored.gold[i]),
+            "gold_score": None,
             "tokens": tokens,
             "pieces": [text[start:end] for start, end in offsets],
         }
+        if scored.gold is not None:
+            row["gold_score"] = float(scored.gold[i])
         for name in ("seg", "values", "advantages", "targets"):
             row[name] = getattr(lesson, name)[i, : len(tokens)].tolist()
         rows.append(row)
@@ -1062,59 +1077,51 @@ def sample_rows(step, rollout, scored, lesson, examples, tokenizer):
 def parse(argv):
     """Read and check the settings."""
     cfg = sft.parse(Config, "ma_ppo", argv)
-    for name in ("clip", "temperature", "critic_lr", "ngram", "ppo_epochs"):
-        if not 0 < getattr(cfg, name) < math.inf:
-            sft.fail(f"--{name} must be positive, got {getattr(cfg, name)}")
-    for name in ("gamma", "lam", "critic_lam"):
-        if not 0 <= (getattr(cfg, name) or 0) <= 1:
-            sft.fail(f"--{name} must be from 0 to 1, got {getattr(cfg, name)}")
-    if not cfg.epochs and cfg.critic_steps >= cfg.steps:
-        sft.fail(f"--critic_steps must be below --steps {cfg.steps}, got {cfg.critic_steps}")
-    try:
-        known = math.isfinite(float(cfg.no_eos_score))
-    except ValueError:
-        known = cfg.no_eos_score == "none"
-    if not known:
-        sft.fail(f"--no_eos_score must be a number or none, got {cfg.no_eos_score!r}")
+    check_arms(cfg)
     if cfg.reward:
         cfg.reward = os.path.abspath(cfg.reward)
         reward.own_reward(cfg.reward)  # it is there
     if cfg.task in sft.PROGRAMS:
         reward.check_sandbox(cfg.task, cfg.trust_programs)
-    check_arms(cfg)
-    check_reward_model(cfg)
+    rm = cfg.reward_model
+    ours = (Path(rm) / reward.HEAD).is_file()
+    if rm and not ours and not reward.is_classifier(rm):
+        kinds = "a folder of reward.py, or a classifier with one label"
+        sft.fail(f"--reward_model must be {kinds}, got {rm!r}")
     return cfg
 
 
 def check_arms(cfg):
-    """Refuse arms that are unknown, named twice, or cannot run here."""
+    """Refuse arms that are unknown or cannot run here, and numbers that cannot be."""
+    wrong = {}  # {message: whether it is so}
+    for name in ("clip", "temperature", "critic_lr", "ngram", "ppo_epochs"):
+        wrong[f"--{name} must be positive"] = not 0 < getattr(cfg, name) < math.inf
+    for name in ("gamma", "lam", "critic_lam"):
+        wrong[f"--{name} must be from 0 to 1"] = not 0 <= (getattr(cfg, name) or 0) <= 1
     known = [*segment.TERMINATIONS, "control", "rloo"]
-    for arm in cfg.arms:
-        if arm not in known:
-            sft.fail(f"--arms must be among {', '.join(known)}, got {arm!r}")
-    if not cfg.arms or len(set(cfg.arms)) < len(cfg.arms):
-        sft.fail(f"--arms must be different from each other, got {cfg.arms}")
-    if "control" in cfg.arms and cfg.gamma != 1:
-        sft.fail(f"control has the horizon of fixed at --gamma 1 only, got {cfg.gamma}")
-    if "rloo" in cfg.arms and cfg.critic_steps:
-        sft.fail("--critic_steps: rloo has no critic, and would learn nothing in these steps")
-    if "rloo" in cfg.arms and (cfg.rloo_k < 2 or cfg.batch_size % cfg.rloo_k):
-        sft.fail(f"--rloo_k must be at least 2 and divide --batch_size, got {cfg.rloo_k}")
+    different = set(cfg.arms)
+    rloo, k = "rloo" in cfg.arms, cfg.rloo_k
+    steps = math.inf if cfg.epochs else cfg.steps
+    number = re.fullmatch(r"none|-?\d+\.?\d*", str(cfg.no_eos_score))
+    wrong |= {
+        f"--arms must be among {', '.join(known)}": different - {*known},
+        "--arms must be different ones": len(different) < max(1, len(cfg.arms)),
+        "--gamma must be 1 for control": "control" in cfg.arms and cfg.gamma != 1,
+        "--rloo_k must be at least 2": rloo and k < 2,
+        "--rloo_k must divide --batch_size": rloo and cfg.batch_size % max(1, k),
+        "--critic_steps: rloo has no critic": rloo and cfg.critic_steps,
+        "--critic_steps must be below --steps": cfg.critic_steps >= steps,
+        "--no_eos_score must be a number or none": not number,
+        "--reward_model: scores come from elsewhere": cfg.reward_model and not has_rm(cfg),
+    }
+    for message, so in wrong.items():
+        if so:
+            sft.fail(message)
     if "parsing" in cfg.arms:
         try:
             segment.spacy_parser()
         except ImportError as error:
             sft.fail(error)
-
-
-def check_reward_model(cfg):
-    """Refuse a reward model that is none, or one where unit tests give the reward."""
-    folder = cfg.reward_model
-    if folder and not has_rm(cfg):
-        sft.fail("--reward_model: here unit tests, or --reward, give the scores")
-    if folder and not (Path(folder) / reward.HEAD).is_file() and not reward.is_classifier(folder):
-        kinds = "a folder of reward.py, or a sequence classifier with one label"
-        sft.fail(f"--reward_model must be {kinds}, got {folder!r}")
 
 
 if __name__ == "__main__":

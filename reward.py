@@ -586,8 +586,6 @@ LIMITS = {
 }
 COMPILE_ERROR = 200  # the exit status that says so
 NUMBERS = {decimal.Decimal: float, fractions.Fraction: float}  # how JSON can have them
-# prctl(4, ...) says whether processes of the same user may look into this one. Linux alone has it.
-prctl = getattr(ctypes.CDLL(None), "prctl", lambda *_: None)
 
 def run(job):
     """Run a program on one input, in a process of its own -> (failure, answer)."""
@@ -627,7 +625,6 @@ def live(job, given, answer):
     for name, limit in LIMITS.items():
         with suppress(ValueError, OSError):  # macOS has not all of them
             resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
-    prctl(4, 1)  # or the program could not open /dev/stdin
     random.seed(0)  # so that programs are reproducible
     module = types.ModuleType("program" if function else "__main__")
     vars(module).update(names)
@@ -673,7 +670,8 @@ def traces():
     tables = glob.glob("/proc/sysvipc/*") if alone else []
     return os.listdir("."), [open(table).read() for table in tables]
 
-prctl(4, 0)
+with suppress(AttributeError):  # only Linux has it
+    ctypes.CDLL(None).prctl(4, 0)  # PR_SET_DUMPABLE: no program can look into this process
 os.environ["TMPDIR"] = os.getcwd()
 jobs, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
 builtins.exit = builtins.quit = sys.exit

@@ -248,7 +248,8 @@ def test_both_losses_and_their_gradients_are_those_of_a_loop(lengths, seed, clip
             if abs(V - before) < clip or abs(V - target) > abs(clipped - target):
                 slopes[1, b, t] += V - target
     policy, value = new.clone().requires_grad_(), new.clone().requires_grad_()
-    losses = [ma_ppo.policy_loss(policy, old, other, mask, clip, seg if per_macro else None)]
+    ratio = ma_ppo.ratios(policy, old, mask, seg if per_macro else None)
+    losses = [ma_ppo.policy_loss(ratio, other, mask, clip)]
     losses.append(ma_ppo.value_loss(value, old, other, mask, clip))
     sum(losses).backward()
     for i, x in enumerate((policy, value)):
@@ -505,8 +506,10 @@ def test_prompts_that_come_again_in_a_step_get_noise_of_their_own(tokenizer, arm
     assert all(len(set(numbers[i : i + copies])) == 1 for i in range(0, 64, copies))
     rollout = ma_ppo.sample(tiny(), examples, 3, tokenizer, cfg)
     assert len({tuple(seed) for seed in rollout.seeds}) == 64
-    firsts = [seed for seed in rollout.seeds if len(seed) == 3]
-    assert sorted(firsts) == [[5, 3, i] for i in range(len(few))]  # as where each comes but once
+    firsts = [seed for seed in rollout.seeds if not seed[3]]
+    assert sorted(firsts) == [[5, 3, i, 0] for i in range(len(few))]  # where each comes but once
+    noise = [np.random.default_rng(seed).random() for seed in ([5, 3, 9], [5, 3, 9, 0])]
+    assert noise[0] == noise[1]  # so the sample's number changed no run
     assert len(set(map(tuple, rollout.tokens))) > len(few) + 10  # though the prompts are one
 
 

@@ -3,8 +3,11 @@
 # ruff: noqa: E501  (programs are easier to read in a line of their own)
 import json
 import os
+import random
+import shutil
 import socket
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ import reward
 from reward import program_rewards
 
 ENOUGH = 60.0  # seconds, for what ends by itself: however busy the machine is
-SHORT = 0.2  # for what never ends
+SHORT = 0.1  # for what never ends
 needs_bubblewrap = pytest.mark.skipif(
     not reward.sandbox(), reason="bubblewrap is missing, or may not make namespaces"
 )
@@ -54,7 +57,9 @@ def test_rewards_are_the_papers_formula_worked_by_hand(way):
     assert program_rewards(programs, [SQUARE] * 6, ENOUGH) == wanted
     assert program_rewards(programs[::-1], [SQUARE] * 6, ENOUGH) == wanted[::-1]
     late = "def f(x):\n    while x == 7: pass\n    return x * x"
-    assert program_rewards([late], [SQUARE], SHORT) == [-0.6]  # one test that fails is enough
+    assert program_rewards([late], [SQUARE], SHORT) == [-0.6]  # one test that fails is enough,
+    spoiled = "open('a', 'w')\ndef f(x): return x * x + 0 // (x - 3)"
+    assert program_rewards([spoiled], [SQUARE], ENOUGH) == [-0.6]  # also if the sandbox is left
 
 
 def test_tests_are_data_or_their_json_text_and_every_input_has_an_output():
@@ -69,9 +74,7 @@ def test_tests_are_data_or_their_json_text_and_every_input_has_an_output():
 # What is printed = what is expected; _ is a space, and ⏎ a newline.
 SAME = "__a_b_⏎⏎c⏎⏎=a_b⏎⏎c⏎ ⏎_⏎= 0.30000000000000004=0.3 0.333333=0.333333333 0.3334=0.33341 2.0=2"
 SAME += " 1234567.9=1234568.0 1.0000001_2.5⏎3=1_2.50⏎3.0 b⏎a=a⏎b b_a=a_b"  # any order, as in APPS
-DIFFERENT = (
-    "100001=100000 0.334=0.333 nan=1 inf=1 a_b=a_b_b YES⏎NO=YES⏎NO⏎YES a⏎b=a_b yes=YES --5=-5"
-)
+DIFFERENT = "100001=100000 0.334=0.333 nan=1 inf=1 a_b=a_b_b 1.0_2=1_2_3 YES⏎NO=YES⏎NO⏎YES a⏎b=a_b yes=YES --5=-5"
 
 
 @pytest.mark.parametrize("pair", [*SAME.split(), *DIFFERENT.split()])
@@ -87,6 +90,7 @@ def test_whole_numbers_of_4400_digits_are_compared_digit_by_digit():
 
 
 BIG = 10**4400 + 7
+HASH, HASH_SEED = [reward.PYTHON, "-c", "print(hash('x'))"], {"PYTHONHASHSEED": "0"}
 CALLS = {  # programs that are right, the arguments and the result that is expected
     "def f(): return (1, (2, 'ä')), {3: None}": ([], [[1, [2, "ä"]], {"3": None}]),
     "def f(): return 2": ([], [2]),  # APPS wraps some results
@@ -101,7 +105,8 @@ CALLS = {  # programs that are right, the arguments and the result that is expec
     "def f(d): return d['a'], d['1']": ([{"a": 1, "1": 2}], [1, 2]),  # not all are ints
     "def f(n): return Counter([n, n])": ([1], {"1": 2}),
     "def f(x): return x + 1": ([BIG], BIG + 1),
-    "def f(n): return next(iter({'a', 'b', 'c'})) == next(iter({'a', 'b', 'c'}))": ([1], True),
+    "def f(): return random.random()": ([], random.Random(0).random()),  # always the same
+    "def f(): return hash('x')": ([], int(subprocess.check_output(HASH, env=HASH_SEED))),
 }
 MISSES = {
     "def f(): return 1": ([], [1, 2]),
@@ -295,18 +300,20 @@ ATTACK = [  # their own results are right, and may be paid for
 
 
 @needs_bubblewrap
-def test_nothing_outside_can_be_read_changed_killed_or_called(tmp_path, monkeypatch):
-    secret, file = f"secret-{os.urandom(8).hex()}", tmp_path / "file"
+def test_nothing_outside_can_be_read_changed_killed_or_called(monkeypatch):
+    secret, folder = f"secret-{os.urandom(8).hex()}", Path(tempfile.mkdtemp())
+    file = folder / "file"
     file.write_text(secret)
     file.chmod(0o666)  # so that permissions alone protect nothing
+    folder.chmod(0o777)
     monkeypatch.setenv("SECRET", secret)
     victim = subprocess.Popen(["sleep", "100000"])
     tcp, unix = socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX)
     unix.bind("\0" + secret)
     unix.listen()
-    facts = {"file": str(file), "folder": str(tmp_path), "victim": victim.pid, "us": os.getpid()}
+    facts = {"file": str(file), "folder": str(folder), "victim": victim.pid, "us": os.getpid()}
     facts |= {"port": tcp.getsockname()[1], "secret": secret}
-    before = [(path.stat().st_mode, path.stat().st_mtime_ns) for path in (tmp_path, file)]
+    before = [(path.stat().st_mode, path.stat().st_mtime_ns) for path in (folder, file)]
 
     def fill(text):
         for name, value in facts.items():
@@ -322,10 +329,11 @@ def test_nothing_outside_can_be_read_changed_killed_or_called(tmp_path, monkeypa
     assert {reward for name, reward in rewards.items() if name in ATTACK} <= {1.0, -0.6}
     assert {reward for name, reward in rewards.items() if name not in ATTACK} == {1.0}
     assert file.read_text() == secret and not Path("/dev/shm/escape").exists()
-    assert before == [(path.stat().st_mode, path.stat().st_mtime_ns) for path in (tmp_path, file)]
+    assert before == [(path.stat().st_mode, path.stat().st_mtime_ns) for path in (folder, file)]
     assert Path(f"/proc/{victim.pid}/stat").read_text().split()[2] == "S"  # alive, not stopped
     victim.kill()
     victim.wait()
+    shutil.rmtree(folder)
     for server in (tcp, unix):
         server.settimeout(0)
         with pytest.raises(BlockingIOError):  # nobody has called
@@ -369,7 +377,7 @@ def test_a_program_that_kills_its_runner_fails_alone(way):
     kill = "import os\ndef f(x): os.kill(os.getppid(), 9)"
     rewards = program_rewards([RIGHT, kill, RIGHT, kill, RIGHT], [SQUARE] * 5, ENOUGH)
     assert rewards[::2] == [1.0] * 3
-    assert set(rewards[1::2]) <= {-0.3, -0.6}
+    assert rewards[1::2] == [-0.3 if way == "sandbox" else -0.6] * 2  # there it cannot
 
 
 def test_without_a_sandbox_a_models_programs_are_refused_unless_they_are_trusted(
