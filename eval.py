@@ -69,9 +69,16 @@ def read_rows(path):
 
 
 def column(rows, key):
-    """A metric's value at every step, or None where the run does not have it."""
+    """A metric's value at every step, or None where the run does not have it.
+
+    For a step whose value was not finite that of the step before stands in.
+    """
     values = [row.get(key) for row in rows]
-    return None if None in values else values
+    known = [value for value in values if value is not None]
+    for i, value in enumerate(values):
+        if known and value is None:
+            values[i] = values[i - 1] if i else known[0]
+    return values if known else None
 
 
 def smooth(values, width=SMOOTHING):
@@ -404,7 +411,8 @@ def samples_of(folder, cfg, temperature, count, args):
     device = sft.setup(args.device)  # under torchrun, the ranks meet
     path = folder / "score/samples.jsonl"
     model = folder / "model" if read_config(folder) else folder
-    stamp = []  # when the files were written that a sample and its scores depend on
+    # What a sample and its scores depend on: settings, and when files were written.
+    stamp = [cfg.max_prompt, cfg.max_response, cfg.top_k, cfg.no_eos_score, cfg.seed]
     if cfg.reward:
         stamp.append(os.stat(cfg.reward.rpartition(":")[0]).st_mtime)
     for part in filter(None, [model.resolve(), cfg.sft, cfg.reward_model]):  # maybe without RM
@@ -414,20 +422,20 @@ def samples_of(folder, cfg, temperature, count, args):
     kept = {}
     for row in sft.gather(read_rows(path) if sft.rank() == 0 else []):
         if row["drawn_with"] == stamp:
-            kept[row["temperature"], row["number"], row["sample"]] = row
+            kept[row["temperature"], row["prompt"], row["sample"]] = row
     held_out = {row["prompt"]: row for row in sft.load_share(cfg, "test")}  # each prompt once
     wanted = {}
     for number, row in enumerate(list(held_out.values())[: args.prompts]):
         for sample in range(count):
             if temperature != "references" or row.get("response"):
                 job = row | {"number": number, "sample": sample, "text": row["prompt"]}
-                wanted[temperature, number, sample] = job
+                wanted[temperature, row["prompt"], sample] = job
     jobs = [job for key, job in wanted.items() if key not in kept]
     if jobs:
         drawn = draw(jobs, temperature, model, cfg, device)
         path.parent.mkdir(exist_ok=True)
         sft.append(path, *(row | {"drawn_with": stamp} for row in drawn))
-        kept |= {(temperature, row["number"], row["sample"]): row for row in drawn}
+        kept |= {(temperature, row["prompt"], row["sample"]): row for row in drawn}
     groups = groupby(wanted, lambda key: key[1])
     return [[kept[key] for key in group] for _, group in groups]
 
@@ -596,6 +604,8 @@ def duel(args):
     once is not asked again. The key of the language model is read from OPENAI_API_KEY.
     """
     runs = find_runs([args.a, args.b])
+    if len(runs) != 2:
+        fail("--a and --b must name one run each, not a folder of several")
     a, b = map(read_config, runs)
     for name in ["task", "data"] + ["reward_model"] * ("rm" in args.judge):
         if getattr(a, name) != getattr(b, name):
@@ -679,8 +689,10 @@ def ask_human(question, args):
 
 def ask_llm(question, args):
     """The answer of a model with OpenAI's interface; the client tries again by itself."""
-    import openai  # pip install openai
-
+    try:
+        import openai
+    except ImportError:
+        fail("--judge llm needs: pip install openai")
     key = os.environ.get("OPENAI_API_KEY", "none")  # servers at home need none
     messages = [{"role": "user", "content": question}]
     try:

@@ -144,10 +144,10 @@ class Config(sft.Config):
     # For studies: variants of the method that no default uses.
     macro_reward: Literal["sum", "mean"] = opt("sum", "paper: sum; its code: mean")
     ratio: Literal["token", "macro"] = opt("token", "pi / pi_old of what (paper: macro)")
-    critic_lam: float | None = opt(None, "lambda of the critic's targets; none: lam")
-    critic_epochs: int | None = opt(None, "updates of the critic; none: ppo_epochs")
+    critic_lam: float | None = opt(None, "lambda of the critic's targets; not given: lam")
+    critic_epochs: int | None = opt(None, "updates of the critic; not given: ppo_epochs")
     critic_steps: int = opt(0, "first steps, for the critic alone")
-    value_clip: float | None = opt(None, "clip of the value; 0: no clip; none: clip")
+    value_clip: float | None = opt(None, "clip of the value; 0: none; not given: clip")
 
 
 # Four models. The critic *is* a copy of the reward model, and learns on from there: what can be
@@ -1098,6 +1098,11 @@ def check_arms(cfg):
         wrong[f"--{name} must be positive"] = not 0 < getattr(cfg, name) < math.inf
     for name in ("gamma", "lam", "critic_lam"):
         wrong[f"--{name} must be from 0 to 1"] = not 0 <= (getattr(cfg, name) or 0) <= 1
+    at_least = {"beta": 0, "top_k": 0, "sample_batch_size": 0}
+    at_least |= {"value_clip": 0, "critic_steps": 0, "critic_epochs": 1}
+    for name, least in at_least.items():
+        value = getattr(cfg, name)
+        wrong[f"--{name} must be {least} or more"] = value is not None and not value >= least
     known = [*segment.TERMINATIONS, "control", "rloo"]
     different = set(cfg.arms)
     rloo, k = "rloo" in cfg.arms, cfg.rloo_k

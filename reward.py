@@ -161,6 +161,8 @@ def train(cfg):
     """The whole chapter: train, measure on held-out pairs, set the bias, save."""
     if cfg.task in sft.PROGRAMS:
         sft.fail(f"--task {cfg.task} needs no reward model: go on with ma_ppo.py")
+    if Path(cfg.out).resolve() == Path(cfg.sft).resolve():
+        sft.fail(f"--out {cfg.out} is the SFT model's folder, which would be lost")
     cfg.sft = cfg.sft or str(Path("runs") / cfg.task / "sft")
     device = sft.setup(cfg.device)  # join the other ranks, if there are any
     rows = load_pairs(cfg, "rm")  # this chapter's share of the preference pairs
@@ -500,8 +502,8 @@ def lines_of(text):
 
 def same_number(word, wanted):
     """Whether numbers agree to 3 decimals or 5 digits (np.allclose); whole ones must be equal."""
-    if word.lstrip("+-").isdecimal() and wanted.lstrip("+-").isdecimal():
-        return Decimal(word) == Decimal(wanted)
+    if wanted.lstrip("+-").isdecimal():  # "2.0" may stand for 2, but 100001.0 not for 100000
+        return abs(Decimal(word) - Decimal(wanted)) < Decimal("0.001")
     x, y = float(word), float(wanted)
     return round(x, 3) == round(y, 3) or math.isclose(x, y, rel_tol=1e-5, abs_tol=1e-8)
 
@@ -718,11 +720,16 @@ def own_reward(name):
 
     def scores_of(prompts, responses, examples):
         rows = [example.get("raw", example) for example in examples]
-        scores = getattr(module, function)(prompts, responses, rows)
+        here = os.getcwd()
         try:
-            scores = [float(score) for score in scores]
+            scores = getattr(module, function)(list(prompts), list(responses), rows)
+        except SystemExit:
+            sft.fail(f"--reward {name} has called exit")
+        os.chdir(here)  # wherever it has gone
+        try:
+            scores = torch.tensor([float(score) for score in scores]).tolist()
         except (TypeError, ValueError):  # it may have forgotten its return
-            sft.fail(f"--reward {name}: these are no numbers: {scores!r:.99}")
+            sft.fail(" ".join(f"--reward {name}: these are no numbers: {scores!r:.99}".split()))
         if len(scores) != len(responses):
             sft.fail(f"--reward {name}: {len(scores)} scores for {len(responses)} responses")
         if not all(map(math.isfinite, scores)):

@@ -206,6 +206,11 @@ def setup(device=""):
     if device.type == "cuda":  # every rank has a GPU of its own
         number = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         device = torch.device("cuda", number)
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, AttributeError) as error:  # a torch without CUDA ...
+        fail(f"--device {device} cannot be used: {str(error).splitlines()[0]}")
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -499,6 +504,8 @@ def begin(out, cfg, models, optimizers):
     if saved:
         made = read_json(saved[-1] / "state.json")
         first = made["step"]
+        if first > cfg.steps:
+            fail(f"{saved[-1]} is beyond --steps {cfg.steps}")
         state = training_state(models, optimizers)
         dcp.load(state, checkpoint_id=saved[-1])  # fills the tensors in `state`
         for name, optimizer in optimizers.items():
@@ -507,8 +514,8 @@ def begin(out, cfg, models, optimizers):
     barrier()  # nobody reads any more
     if rank() == 0:
         (out / "run.json").unlink(missing_ok=True)  # not finished any more
-        if not saved:
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        for folder in [] if saved else out.glob("checkpoints/step-*"):
+            shutil.rmtree(folder)
         for path in [out / name for name in LOGS if (out / name).exists()]:
             *lines, _ = path.read_text().split("\n")  # the last one is empty, or was cut short
             new = path.with_suffix(".tmp")
@@ -614,6 +621,7 @@ def save_models(parts, out):
 # equal ones the last one wins: what you type always counts. --help shows what is put in front.
 
 import argparse
+import importlib.util
 
 from transformers import HfArgumentParser
 
@@ -691,10 +699,15 @@ def absolute(path):
 
 def check(cfg, chapter):
     """Refuse settings that cannot work, before anything is computed."""
-    for name in ("steps", "batch_size", "micro_batch_size", "lr", "max_prompt", "max_response"):
-        if not 0 < getattr(cfg, name) < math.inf:
-            fail(f"--{name} must be positive, got {getattr(cfg, name)}")
-    if isinstance(cfg.warmup, float) and not 0 <= cfg.warmup <= 1:
+    may_be_zero = ["seed", "epochs", "warmup"]
+    sizes = ["steps", "batch_size", "micro_batch_size", "lr", "max_prompt", "max_response", "keep"]
+    for name in sizes + may_be_zero:
+        value = getattr(cfg, name)
+        if not 0 <= value < math.inf or (value == 0 and name in sizes):
+            fail(f"--{name} must be {'positive' if name in sizes else '0 or more'}, got {value}")
+    if cfg.track and importlib.util.find_spec(cfg.track) is None:
+        fail(f"--track {cfg.track} needs: pip install {cfg.track}")
+    if isinstance(cfg.warmup, float) and cfg.warmup > 1:
         fail(f"--warmup is a share of the steps, 0 to 1, got {cfg.warmup}")
     if cfg.task.startswith("toy") and cfg.data:
         fail("--data FILE needs a task that reads it: tldr, hh, webgpt, apps or plain")
@@ -1260,6 +1273,8 @@ def apps_row(raw):
 def check_tests(tests):
     """ValueError unless unit tests are in APPS' form {fn_name, inputs, outputs}."""
     inputs, outputs = get(tests, "inputs", list), get(tests, "outputs", list)
+    if tests.get("fn_name"):
+        get(tests, "fn_name")
     if len(inputs) != len(outputs):
         raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs are no unit tests")
     kind = list if tests.get("fn_name") else str  # arguments, or what is read and printed

@@ -24,6 +24,12 @@ from eval import correlation, moments, parity, smooth, verdict, winner
 # Measures and intervals
 
 
+def test_a_step_that_was_not_finite_hides_no_metric():
+    rows = [{"kl": None}, {"kl": 1.0}, {"kl": None}, {"kl": 3.0}]
+    assert chapter5.column(rows, "kl") == [1, 1, 1, 3]
+    assert chapter5.column(rows, "gold_score") is None
+
+
 def test_smoothing_never_looks_ahead_and_parity_is_as_worked_by_hand():
     assert smooth([10, 0, 2, 4, 4, 0, 5]) == [10, 5, 4, 4, 4, 2, 3]
     # Five steps at 0, then ten at 10: smoothed 0 0 0 0 0 2 4 6 8 10: half at 7, nine tenths at 9.

@@ -74,7 +74,8 @@ def test_tests_are_data_or_their_json_text_and_every_input_has_an_output():
 # What is printed = what is expected; _ is a space, and ⏎ a newline.
 SAME = "__a_b_⏎⏎c⏎⏎=a_b⏎⏎c⏎ ⏎_⏎= 0.30000000000000004=0.3 0.333333=0.333333333 0.3334=0.33341 2.0=2"
 SAME += " 1234567.9=1234568.0 1.0000001_2.5⏎3=1_2.50⏎3.0 b⏎a=a⏎b b_a=a_b"  # any order, as in APPS
-DIFFERENT = "100001=100000 0.334=0.333 nan=1 inf=1 a_b=a_b_b 1.0_2=1_2_3 YES⏎NO=YES⏎NO⏎YES a⏎b=a_b yes=YES --5=-5"
+SAME += " 1.9999999=2 1e5=100000"
+DIFFERENT = "100001.0=100000 100000.9=100000 1.00001e5=100000 100001=100000 0.334=0.333 nan=1 inf=1 a_b=a_b_b 1.0_2=1_2_3 YES⏎NO=YES⏎NO⏎YES a⏎b=a_b yes=YES --5=-5"
 
 
 @pytest.mark.parametrize("pair", [*SAME.split(), *DIFFERENT.split()])

@@ -296,6 +296,7 @@ def test_a_flag_wins_over_those_of_task_and_model_and_these_over_the_chapters_ow
 
 REFUSED = ["--steps 0", "--lr nan", "--warmup 2", "--data a.jsonl", "--split 50 50", "--shard"]
 REFUSED += ["--data a --task plain --data=b", "--split 20 40 40 --lr 1 --split 20 0 80"]
+REFUSED += ["--seed -1", "--keep 0", "--epochs nan", "--track swanlab --batch_size 9"]
 REFUSED += ["--split nan 50 50", "--task chess", "--precision fp8", "--batch_size 8", "--new 1"]
 
 
@@ -393,9 +394,10 @@ def test_a_finished_run_is_not_touched_and_goes_on_where_more_steps_are_asked_fo
 
 
 def test_a_run_that_begins_anew_removes_what_was_there(train):
-    train("run")
+    (train("run") / "checkpoints" / "mine").mkdir()  # somebody's own
     out = train("run", killed=1)
     assert len(losses_of(out)) == 1 and not sft.checkpoints(out)
+    assert (out / "checkpoints" / "mine").is_dir()
 
 
 def test_a_folder_that_another_run_writes_to_is_refused(train, tmp_path, capsys):
