@@ -472,7 +472,7 @@ def test_published_models_go_through_and_keep_their_ends(tmp_path, quick_runs, c
 def test_the_scripts_run_under_torchrun_and_end_with_one_line_where_they_cannot(toy, tmp_path):
     flags = ["--steps", 1, "--batch_size", 8, "--max_prompt", 16, "--arms", "whole"]
     printed = succeeds(*TORCHRUN, "ma_ppo.py", *flags, *toy.stages, "--out", tmp_path)
-    assert printed.count("PPO, arm whole") == printed.count("python eval.py curves") == 1
+    assert printed.count("whole: 10,800 prompts") == printed.count("eval.py curves") == 1
     assert (settings(tmp_path / "whole")["ranks"], len(metrics(tmp_path / "whole"))) == (2, 1)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     refused = python("ma_ppo.py", "--steps", 0)
