@@ -921,7 +921,7 @@ def run_stage(chapter, out, cfg, *flags):
     if (Path(out) / "run.json").exists():
         check_stage(out, stage)
     else:
-        print0(f"{out} is missing: {chapter.__name__}.py makes it")
+        print0(f"making {out} with {chapter.__name__}.py")
         chapter.train(stage)
 
 
