@@ -542,7 +542,9 @@ def save_checkpoint(out, done, cfg, models, optimizers):
     if rank() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
     barrier()
-    dcp.save(training_state(models, optimizers), checkpoint_id=unfinished)  # each rank its part
+    # Each rank writes its part, one tensor after the other: never is there a second copy of all.
+    writer = dcp.FileSystemWriter(unfinished, per_thread_copy_ahead=0)
+    dcp.save(training_state(models, optimizers), storage_writer=writer)
     if rank() == 0:
         write_json(unfinished / "state.json", {"step": done, "config": asdict(cfg)})
         unfinished.rename(out / "checkpoints" / f"step-{done:06d}")
