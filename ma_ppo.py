@@ -6,7 +6,7 @@ A primer. PPO learns from its own tries. All of its words, on one response of si
     reward      r          0     -1        0      0       0      3
     value       V          1      3        0      1       2      1
     advantage   A        .38  -3.25     1.50   1.00       0   2.00     token_gae, lambda = 1/2
-                       |-------------|--------------------|-------|
+                       |-------------|----------------------|-----|
     reward      R           -1                0              3         (sums)
     value       V            2                1              1         (means)
     advantage   A         -1.5              1.0            2.0         macro_gae, lambda = 1/2
