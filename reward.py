@@ -712,13 +712,15 @@ def own_reward(name):
     if not path.endswith(".py") or not Path(path).is_file():
         sft.fail(f"--reward must be FILE.py:NAME, got {name!r}")
     spec = importlib.util.spec_from_file_location("own_reward", path)
-    module = sys.modules["own_reward"] = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["own_reward"] = module
     sys.path.append(os.path.dirname(os.path.abspath(path)))  # it may import its neighbours
     spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
         sft.fail(f"--reward {name}: {path} has no function {function}")
 
     def scores_of(prompts, responses, examples):
+        """One finite number a response, or one line that says what is wrong."""
         rows = [example.get("raw", example) for example in examples]
         here = os.getcwd()
         try:
