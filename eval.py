@@ -373,7 +373,8 @@ def read_sample(run, step, number):
     if not 0 <= number < len(kept):
         what = f"sample {number} of step {step}"
         fail(f"{run}: no {what} in samples.jsonl, which keeps four of every tenth step")
-    return kept[number] | {"run": run.name}
+    sigma = read_config(run).sigma
+    return kept[number] | {"run": run.name + (f", σ {sigma}" if sigma != "equal" else "")}
 
 
 def main(argv=None):

@@ -147,21 +147,23 @@ class Config(sft.Config):
     critic_lam: float | None = opt(None, "lambda of the critic's targets; not given: lam")
     critic_epochs: int | None = opt(None, "updates of the critic; not given: ppo_epochs")
     critic_steps: int = opt(0, "first steps, for the critic alone")
+    critic_start: Literal["rm", "sft"] = opt("rm", "copy of the RM; SFT trunk, fresh head")
     value_clip: float | None = opt(None, "clip of the value; 0: none; not given: clip")
 
 
 # Four models. The critic *is* a copy of the reward model, and learns on from there: what can be
 # expected of a response is close to what it will be scored. But the reward model was only ever read
 # at the end of a response, and text without an end looks broken to it: the first guesses are far
-# too low, by c, say. In r + V(next) - V this c cancels, except at the last token: after it V is 0,
-# so its surprise is c too high, and whatever ends is praised for ending. Chapter 5 shows them.
+# too low. Say that a score of 3 is to come, and that every guess is 4 too low, so -1. From token to
+# token, -1 less -1 is no surprise, and that is right. But behind the end V is 0: there the surprise
+# is 3 + 0 - (-1) = 4. So whatever ends is praised for ending, and responses shrink at first.
 
 
 def load_models(arm, cfg, device):
     """Policy and reference start from the SFT model, reward model and critic from the RM.
 
-    Programs, and a --reward, need no RM: there the critic is the SFT model's trunk under a fresh
-    head. `rloo` has no critic.
+    Programs, and a --reward, need no RM: there (or with --critic_start sft) the critic is the SFT
+    model's trunk under a fresh head. `rloo` has no critic.
     Returns ({name: model}, {name: optimizer} of the two that learn, tokenizer).
     """
     gc.collect()  # a GPU may still hold the arm or stage before
@@ -176,7 +178,7 @@ def load_models(arm, cfg, device):
         critic = reward.ScalarModel.load(cfg.reward_model)
         reward.check_vocabulary(critic, cfg.reward_model, tokenizer)
         others["reward"] = copy.deepcopy(critic).requires_grad_(False)
-    else:
+    if not has_rm(cfg) or cfg.critic_start == "sft":
         critic = reward.start_model(cfg)[0]
     if arm != "rloo":
         others["critic"] = critic

@@ -122,11 +122,13 @@ def pool(x, seg, mask, how):
         last    1 if i = L-1         the paper's "unit"
         decay   1 / ((L - i) H_L)    later tokens weigh more; H_L = 1 + 1/2 + ... + 1/L
 
-    Only `first` is a baseline, that is, what was expected before anything was chosen: subtracting
-    it makes the advantage less noisy, and shifts nothing. `equal` averages V over states that hold
-    the macro action's first tokens already. It has read part of the choice that it is compared
-    with, so it differs from choice to choice, and what is learned shifts with it; `last` has read
-    the most.
+    Only `first` is a baseline: it was guessed before anything was chosen, so the same number b is
+    taken off the credit of every choice. That pushes all choices down alike; but probabilities add
+    up to 1 and cannot all go down, so on average the pushes cancel: the sum of pi x (slope of log
+    pi) x b is the slope of the sum of pi, times b, and the slope of 1 is 0. So b takes off noise,
+    and shifts nothing. `equal` averages V over states that hold the macro action's first tokens
+    already. It has read part of the choice that it is compared with, so b differs from choice to
+    choice, the pushes do not cancel, and what is learned shifts; `last` has read the most.
 
     >>> seg, mask = torch.tensor([[0, 0, 0, 1, 1]]), torch.tensor([[1, 1, 1, 1, 0]])
     >>> pool(torch.tensor([[1.0, 2.0, 6.0, 4.0, 9.0]]), seg, mask, "sum")

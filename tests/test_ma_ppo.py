@@ -672,6 +672,10 @@ def test_policy_and_reference_start_equal_and_so_do_critic_and_reward_model(toke
         assert {p.requires_grad for p in model.parameters()} == {name in optimizers}
     models, optimizers = loaded("rloo")
     assert set(models) == {"policy", "reference", "reward"} and set(optimizers) == {"policy"}
+    models, _ = loaded("token", critic_start="sft")
+    assert set(models) == set(NAMES)
+    assert same(models["critic"].trunk, models["policy"].model)
+    assert not same(models["critic"].trunk, models["reward"].trunk)
     models, _ = loaded("token", task="toy-code")
     assert set(models) == {"policy", "reference", "critic"}
     assert same(models["critic"].trunk, models["policy"].model)
