@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-STUDENT = {3: 4.3027, 10: 2.2622, 20: 2.0930}  # seeds -> 97.5 % quantile of Student's t
+STUDENT = {3: 4.3027, 4: 3.1824, 6: 2.5706, 10: 2.2622, 20: 2.0930}  # seeds -> 97.5 % quantile of Student's t
 
 
 def read(name):
@@ -75,14 +75,22 @@ def at_kl(column, nats):
     return measure
 
 
+def objective(run, token):
+    """What PPO is after: the reward, less the KL penalty (beta = .05)."""
+    return fmean(run["rm_score"]) - 0.05 * fmean(run["kl"])
+
+
 MEASURES = {
     "RM area": mean("rm_score"),
+    "RM − β KL": objective,
     "RM 0–29": mean("rm_score", 0, 30),
     "RM 30–59": mean("rm_score", 30),
     "RM end": mean("rm_score", -5),
+    "RM 220–239": mean("rm_score", 220, 240),
     "gold area": mean("gold_score"),
     "gold 10–29": mean("gold_score", 10, 30),
     "gold 30–59": mean("gold_score", 30),
+    "gold 220–239": mean("gold_score", 220, 240),
     "gold end": mean("gold_score", -5),
     "KL end": mean("kl", -5),
     "explained variance": mean("explained_variance"),
@@ -106,6 +114,24 @@ def interval(names, what, seeds, task="toy"):
     d = found[0] - found[1] - (found[2] - found[3] if len(found) == 4 else 0)
     reach = STUDENT[len(d)] * stdev(d) / len(d) ** 0.5
     return fmean(d), fmean(d) - reach, fmean(d) + reach
+
+
+def share_left(lead, rest, seeds):
+    """How much of one lead another is, with its 95 % interval (Fieller).  Names as in `interval`.
+
+    The interval holds the shares s for which `rest` - s x `lead` cannot be told from 0.
+    """
+    found = []
+    for names in (lead, rest):
+        a, b = (values(x, "RM area", seeds) for x in names.split(" - "))
+        found.append(a - b)
+    lead, rest = found
+    possible = []
+    for share in np.linspace(-3, 5, 8001):
+        d = rest - share * lead
+        if abs(fmean(d)) <= STUDENT[len(d)] * stdev(d) / len(d) ** 0.5:
+            possible.append(share)
+    return fmean(rest) / fmean(lead), min(possible), max(possible)
 
 
 def verdict(low, high, margin):
