@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 COLUMNS = ["rm_score", "gold_score", "kl", "response_length", "explained_variance"]
+COLUMNS += ["eos_rate", "ref_surprise"]
 
 
 def short(value):

@@ -13,7 +13,13 @@ from statistics import fmean, stdev
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-STUDENT = {3: 4.3027, 4: 3.1824, 6: 2.5706, 10: 2.2622, 20: 2.0930}  # seeds -> 97.5 % quantile of Student's t
+STUDENT = {
+    3: 4.3027,
+    4: 3.1824,
+    6: 2.5706,
+    10: 2.2622,
+    20: 2.0930,
+}  # seeds -> 97.5 % quantile of Student's t
 
 
 def read(name):
