@@ -107,6 +107,13 @@ MEASURES = {
 }
 
 
+def made(names, seeds, task="toy"):
+    """Whether all runs of a difference are in study.csv."""
+    first, last = map(int, seeds.split("-"))
+    arms = re.sub("[()]", "", names).split(" - ")
+    return all((task, x, seed) in RUNS for x in arms for seed in range(first, last + 1))
+
+
 def values(arm, what, seeds, task="toy"):
     """A measure of an arm, a number a seed; seeds: "20-39"."""
     first, last = map(int, seeds.split("-"))
