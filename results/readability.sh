@@ -48,8 +48,11 @@ for seed in "${@:3}"; do
         command+=" --max_prompt 128 --max_response 96 --temperature 0.8 --top_k 50"
         command+=" --batch_size 16 --micro_batch_size 4 --steps 30 --warmup_steps 5"
         command+=" --lr 5e-5 --critic_lr 1e-4 --beta 0.3 --precision bf16 --save_every 10 --keep 1"
-        command+=" --seed $seed --arms $arm --out $out --resume auto >> $out/log 2>&1"
-        score="python eval.py score --runs $out --sft --prompts 32 > $out/score.md 2>> $out/log"
-        echo "$command && $score"
+        echo "$command --seed $seed --arms $arm --out $out --resume auto >> $out/log 2>&1"
     done
 done | xargs -P 2 -I {} sh -c "{}"
+
+for seed in "${@:3}"; do  # before and after, on prompts that were held out
+    out=runs/study/readability/seed$seed
+    python eval.py score --runs $out/{token,fixed,control} --sft --prompts 32 > $out/score.md
+done
