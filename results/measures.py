@@ -66,7 +66,8 @@ def steps(share):
         start, end = token["rm_score"][0], fmean(token["rm_score"][-5:])
         target = start + share * (end - start)
         there, own = (smooth(x["rm_score"]) >= target for x in (run, token))
-        return np.argmax(there) / np.argmax(own) if there.any() else np.inf
+        taken = np.argmax(there) if there.any() else len(there)  # never: it counts as the last
+        return taken / np.argmax(own)
 
     return measure
 
