@@ -260,6 +260,10 @@ def test_curves_heatmap_horizon_and_report_of_four_arms(tmp_path, capsys, monkey
     text, values, *_ = figures[1].axes
     assert [t.get_text() for t in text.texts] == [" the", " end⏎", "∎"]
     assert len(text.lines) == 2  # a bar where each macro action begins
+    write_run(tmp_path / "own/fixed", fast, sigma="own")  # else both would be called fixed
+    printed(capsys, "heatmap", "--runs", tmp_path / "fixed", tmp_path / "own/fixed")
+    titles = [ax.get_title() for ax in figures.pop().axes[::2]]
+    assert titles == ["fixed: 2 macro actions", "fixed, σ own: 2 macro actions"]
     assert list(values.lines[-1].get_ydata()) == [0.5, 0.5, 1]
     printed(capsys, "report", tmp_path)
     text = (tmp_path / "report.md").read_text()
