@@ -57,8 +57,6 @@ SMOOTHING = 5  # steps; one step's score is the mean of a batch and jumps about
 
 
 # Metrics. A run is a list of rows, one dict a PPO step; a metric is a column of it.
-
-
 def read_rows(path):
     """The rows of a .jsonl file, a dict each; [] where there is no such file."""
     if not path.is_file():
@@ -95,9 +93,6 @@ def smooth(values, width=SMOOTHING):
     return means
 
 
-# Steps to parity.
-
-
 def first_step(values, target):
     """The first step at which the values are at `target` or above; None if they never are."""
     for step, value in enumerate(values):
@@ -120,8 +115,7 @@ def parity(baseline, values, share):
     >>> parity(baseline, other, share=0.5) == 3 / 7
     True
 
-    None if the baseline gains nothing, or is at the target from the start (nothing to divide by),
-    or if the other run never gets there.
+    None if the baseline gains nothing or starts at the target, or the other run never gets there.
     """
     start = baseline[0]  # both runs start from the same models, so this is the start of both
     end = smooth(baseline)[-1]  # smoothed, or one lucky batch at the end would move the target
@@ -185,8 +179,6 @@ SPEEDS = ["score 50 %", "score 90 %", "gold 50 %", "gold 90 %", "score area", "g
 
 # Learning curves: a panel a metric, a line an arm, and the measures as tables. `arms` is
 # {arm: {seed: rows}}; the first arm is the baseline.
-
-
 def curves(args):
     """Learning curves in training, steps to parity with the first arm, areas under the curves.
 
@@ -337,9 +329,6 @@ def verdict(low, high, margin):
     return "different" if different else "cannot tell"
 
 
-# The credit heatmap: who is praised for the score?
-
-
 def heatmap(args):
     """One response as text, coloured by credit, above the value and target of each of its tokens.
 
@@ -400,15 +389,10 @@ def sampled(args, count):
         for temperature in args.temperature or [cfg.temperature]:
             label = f"{temperature:g}" if temperature else "greedy"
             yield name, label, samples_of(folder, cfg, temperature, count, args)
-    if args.references:
-        yield "references", "–", samples_of(folder, cfg, "references", 1, args)
 
 
 def samples_of(folder, cfg, temperature, count, args):
-    """`count` samples of each of the first held-out prompts -> a list a prompt, of rows.
-
-    folder: a run, or an SFT model; temperature: 0: greedy, "references": the human responses.
-    """
+    """`count` samples of each held-out prompt, by a run or SFT model -> a list of rows a prompt."""
     device = sft.setup(args.device)  # under torchrun, the ranks meet
     path = folder / "score/samples.jsonl"
     model = folder / "model" if read_config(folder) else folder
@@ -428,9 +412,8 @@ def samples_of(folder, cfg, temperature, count, args):
     wanted = {}
     for number, row in enumerate(list(held_out.values())[: args.prompts]):
         for sample in range(count):
-            if temperature != "references" or row.get("response"):
-                job = row | {"number": number, "sample": sample, "text": row["prompt"]}
-                wanted[temperature, row["prompt"], sample] = job
+            job = row | {"number": number, "sample": sample, "text": row["prompt"]}
+            wanted[temperature, row["prompt"], sample] = job
     jobs = [job for key, job in wanted.items() if key not in kept]
     if jobs:
         drawn = draw(jobs, temperature, model, cfg, device)
@@ -459,26 +442,19 @@ def draw(jobs, temperature, model, cfg, device):
 @torch.no_grad()
 def respond(jobs, temperature, models, tokenizer, cfg):
     """Respond to the prompts of one batch, score the responses as training does -> a row each."""
-    human = temperature == "references"
-    names = ["prompt", "response"] if human else ["prompt"]
-    tokens = sft.encode(jobs, tokenizer, cfg, names)
+    tokens = sft.encode(jobs, tokenizer, cfg, ["prompt"])
     examples = [job | ids for job, ids in zip(jobs, tokens, strict=True)]
-    if human:
-        responses = [example["response"] for example in examples]
-        rollout = rollout_of(examples, responses, tokenizer, models)
-    else:
-        # Log-probabilities are taken at the run's own temperature where sampling is greedy.
-        cfg = replace(cfg, temperature=temperature or cfg.temperature)
-        sampling = cfg if temperature else replace(cfg, top_k=1)
-        rollout = ma_ppo.sample(models["policy"], examples, 0, tokenizer, sampling)
+    # Log-probabilities are taken at the run's own temperature where sampling is greedy.
+    cfg = replace(cfg, temperature=temperature or cfg.temperature)
+    sampling = cfg if temperature else replace(cfg, top_k=1)
+    rollout = ma_ppo.sample(models["policy"], examples, 0, tokenizer, sampling)
     scored = ma_ppo.score(rollout, models, examples, tokenizer, cfg)
     judged = ma_ppo.judge(rollout.batch, models, cfg)
     columns = {
         "rm_score": scored.scores,
         "gold_score": scored.gold,
         "passed": scored.passed,
-        # Its mean over samples is the KL.
-        "kl": None if human else (judged.logprobs - judged.ref_logprobs).sum(1),
+        "kl": (judged.logprobs - judged.ref_logprobs).sum(1),  # its mean over samples is the KL
         "length": rollout.batch.mask.sum(1),
         "ended": ma_ppo.ended(rollout.batch, tokenizer),
     }
@@ -498,24 +474,14 @@ def distinct(text):
     return len(set(trigrams)) / len(trigrams) if trigrams else None
 
 
-def rollout_of(examples, responses, tokenizer, models):
-    """Given responses, token lists like the prompts, in the form of sampled ones."""
-    prompts = [example["prompt"] for example in examples]
-    device = models["policy"].device
-    batch = sft.make_batch(prompts, responses, tokenizer.pad_token_id, device)
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    return ma_ppo.Rollout(batch=batch, tokens=responses, texts=texts, seeds=[])
-
-
 HELD_OUT = ["rm_score", "gold_score", "passed", "kl", "length", "ended", "distinct"]
 
 
 def score(args):
     """The policies on held-out prompts: means with 95 % intervals (bootstrap over prompts).
 
-    `references`: the human-written responses. Shares: `passed`, of programs that pass all of their
-    tests; `ended`, of responses that were not cut; `distinct`, of the different ones among a text's
-    word trigrams.
+    Shares: `passed`, of programs that pass all of their tests; `ended`, of responses that were not
+    cut; `distinct`, of the different ones among a text's word trigrams.
     """
     lines = []
     for name, temperature, groups in sampled(args, args.samples):
@@ -600,9 +566,8 @@ End with JSON: {{"winner": "1"}}, {{"winner": "2"}} or {{"winner": "tie"}}."""
 def duel(args):
     """Wins of run A over run B, a row a judge, with 95 % intervals (Wilson).
 
-    Win, tie and loss are shares of all pairs; what is missing to 1 had no verdict.
-    The verdicts of a person or a language model are kept in A/duel-B.jsonl: what has been asked
-    once is not asked again. The key of the language model is read from OPENAI_API_KEY.
+    Win, tie and loss are shares of all pairs; what is missing to 1 had no verdict. Verdicts of a
+    person or a language model (its key: OPENAI_API_KEY) are kept in A/duel-B.jsonl, asked once.
     """
     runs = find_runs([args.a, args.b])
     if len(runs) != 2:
@@ -680,8 +645,7 @@ def winner(answer, order):
 
 def ask_human(question, args):
     """A person's answer, in the words of a language model."""
-    # Control characters in a response must not reach the terminal.
-    print("\n" + "".join(c for c in question if c.isprintable() or c == "\n"))
+    print("\n" + question)
     typed = ""
     while typed not in ("1", "2", "tie"):
         typed = input("1, 2 or tie: ").strip()
@@ -716,18 +680,17 @@ def ask_llm(question, args):
 # what each token was worth? That is what the update asks: it makes single tokens likelier.
 #
 # V* has an error, too, far larger than the A* of a token. So how far A* really spreads is taken
-# from elsewhere: every A* is a surprise, 0 on average, whatever came before. The surprises of a
-# response are uncorrelated; so the sum of their squares is on average the square of their sum, that
-# is of return - V*(s_0), in which V* stands only once. The continuations are split into two halves,
-# whose errors are independent, and cancel on average in the product of one half with the other.
+# from elsewhere: every A* is a surprise, 0 on average, whatever came before. So the sum of their
+# squares is on average the square of their sum, return - V*(s_0), in which V* stands only once. Two
+# halves of the continuations have independent errors, which cancel on average in their product.
 
 
 def credit(args):
     """Estimators of the advantage against the truth by continuations, before the first update.
 
     Correlations with A* of each token, its sampling error taken off; 95 % intervals by bootstrap
-    over responses. The picture: the first response, its V and V*, and its text by the A* of the
-    actions of `fixed`, and by two arms. --trained: for the final policy and critic of the run.
+    over responses. The picture, as by `heatmap`: the first response by the truth (A* of the actions
+    of `fixed`, and V* as target) and by two arms. --trained: for the run's final policy and critic.
     """
     if args.continuations < 2 or args.continuations % 2:
         fail("--continuations must be an even number")
@@ -761,7 +724,7 @@ def credit(args):
         # What an action of `fixed` was worth is the sum of what its tokens were.
         true = segment.pool(A.mean(0), seg, mask.cpu(), "sum").gather(1, seg)  # [B, T]
         shown = {"truth": (seg, true, V.mean(0)), "token": shown["token"], "fixed": shown["fixed"]}
-        draw_truth(first_response(shown, rollout, judged.values, tokenizer), args.png)
+        draw_samples(first_response(shown, rollout, judged.values, tokenizer), args.png)
     return table(["arm", "correlation with A*"], rows)
 
 
@@ -805,7 +768,10 @@ def true_values(rollout, rewards, examples, count, models, tokenizer, cfg):
         uniforms = torch.tensor(np.array(noise))  # [b, room]
         written = ma_ppo.generate(models["policy"], prompts, uniforms, tokenizer, cfg)
         responses = [tokens + more for tokens, more in zip(begun, written, strict=True)]
-        anew = rollout_of(chosen, responses, tokenizer, models)
+        begins = [row["prompt"] for row in chosen]
+        batch = sft.make_batch(begins, responses, tokenizer.pad_token_id, models["policy"].device)
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        anew = ma_ppo.Rollout(batch, responses, texts, seeds=[])
         _, later = judge(anew, models, chosen, tokenizer, cfg)  # [b, T]
         returns = later[:, t:].sum(1).reshape(len(going), -1, 2)  # [responses, pairs, 2]
         values[:, going, t] = returns.double().mean(1).T.cpu()  # [2, responses]
@@ -833,13 +799,7 @@ def correlation(sums, axis):
 #
 # News of the score reaches an early token through the decisions in between, each of which passes a
 # share λ of it on. If macro actions do nothing but make these decisions fewer, their length n and λ
-# matter together only, as the tokens that credit spans:
-#
-#     effective horizon    H = n / (1 - λ)
-#
-# Then runs of equal H learn equally fast.
-
-
+# matter only together, as the tokens that credit spans; runs of equal horizon learn equally fast.
 def horizon(args):
     """Learning speed (mean score of all steps) against the effective horizon H = n / (1 - λ).
 
@@ -873,9 +833,7 @@ def actions_of(cfg, rows):
     return cfg.arm, area(rows, "macro_length"), cfg.lam
 
 
-# Appendix E. The report: all of this chapter that the runs of a folder allow
-
-
+# Appendix E. The report
 def report(args):
     """Everything that the runs of a folder allow, as report.md in it, with the pictures beside."""
     out = Path(args.folder)
@@ -886,7 +844,7 @@ def report(args):
     commands = [[name, *named, "--png", out / f"{name}.png"] for name in ("curves", "heatmap")]
     if all((run / "model").is_dir() for run in runs):
         greedy = ["--temperature", cfg.temperature, 0]
-        commands.append(["score", *named, *held_out, *greedy, "--references"])
+        commands.append(["score", *named, *held_out, *greedy])
         if cfg.task in sft.PROGRAMS:
             commands.append(["passk", *named, *held_out, "--sft"])
         commands.append(["bestofn", *named, *held_out])
@@ -913,7 +871,7 @@ def report(args):
 def read_config(run):
     """The settings of a run, `arm` and `ranks` among them; None where there is no run."""
     path = Path(run) / "config.json"
-    found = sft.read_json(path) if path.is_file() else {}
+    found = json.loads(path.read_text()) if path.is_file() else {}
     if "arm" not in found:  # the config.json of a model names none
         return None
     cfg = ma_ppo.Config()
@@ -932,8 +890,7 @@ def find_runs(folders, arms=()):
         runs += found or [folder]
     for run in runs:
         if not read_config(run):
-            what = "no run of ma_ppo.py there" if run.is_dir() else "no such folder"
-            fail(f"{run}: {what}")
+            fail(f"{run}: no run of ma_ppo.py there")
     return runs
 
 
@@ -1026,32 +983,13 @@ def draw_samples(samples, png):
     layouts = [segment.lay_out(sample["pieces"], WIDTH) for sample in samples]
     heights = []  # inches
     for cells in layouts:
-        heights += [0.28 * (cells[-1].line + 1), 1.7]
+        heights += [0.28 * (cells[-1][1] + 1), 1.7]  # of its lines, and its values
     figure = Figure(figsize=(10, sum(heights) + len(layouts)), layout="constrained")
     axes = figure.subplots(len(heights), 1, height_ratios=heights)
     for i, (sample, cells) in enumerate(zip(samples, layouts, strict=True)):
         draw_text(axes[2 * i], cells, sample["seg"], sample["advantages"], limit)
         axes[2 * i].set_title(f"{sample['run']}: {sample['seg'][-1] + 1} macro actions")
         draw_values(axes[2 * i + 1], sample)
-    save(figure, png)
-
-
-def draw_truth(samples, png):
-    """V and V* of one response, and its text by the truth and by two arms."""
-    limit = max(abs(a) for sample in samples for a in sample["advantages"])
-    cells = segment.lay_out(samples[0]["pieces"], WIDTH)
-    heights = [1.3, *[0.2 * (cells[-1].line + 1)] * len(samples)]  # inches
-    figure = Figure(figsize=(10, sum(heights) + 1.1), layout="constrained")
-    above, *below = figure.subplots(len(heights), 1, height_ratios=heights)
-    above.plot(samples[0]["targets"], color="C2", label="V*, the truth by continuations")
-    above.plot(samples[0]["values"], color="C0", label="V, the critic's guess")
-    above.set(xlabel="response token", ylabel="return to come", xmargin=0)
-    above.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
-    for ax, sample in zip(below, samples, strict=True):
-        draw_text(ax, cells, sample["seg"], sample["advantages"], limit)
-        ax.set_title(sample["run"], loc="left", fontsize=10, pad=2)
-    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(-limit, limit), TINTS)
-    figure.colorbar(scale, ax=below, label="advantage, whitened", aspect=30, pad=0.01)
     save(figure, png)
 
 
@@ -1067,7 +1005,7 @@ def draw_text(ax, cells, seg, advantages, limit):
         if seg[token] > begun:
             ax.plot([left, left], [line + 0.04, line + 0.96], color="black", lw=1.5)
         begun = seg[token]
-    ax.set(xlim=(0, WIDTH), ylim=(cells[-1].line + 1, 0))
+    ax.set(xlim=(0, WIDTH), ylim=(cells[-1][1] + 1, 0))
     ax.axis("off")
 
 
@@ -1102,7 +1040,6 @@ OPTIONS = {  # default, help, and what else argparse must know
     "--samples": (1, "samples of each prompt", NUMBER),
     "--temperature": ([], "0: greedy; none: the run's own", MANY | {"type": float}),
     "--sft": (False, "the SFT models, too", SWITCH),
-    "--references": (False, "human responses, too", SWITCH),
     "--best_of": ([1, 2, 4, 8, 16], "n", MANY | NUMBER),
     "--k": ([1, 5], "k", MANY | NUMBER),
     "--a": ("", "a run folder", NEEDED),
@@ -1116,7 +1053,7 @@ OPTIONS = {  # default, help, and what else argparse must know
     "--trained": (False, "the final policy and critic", SWITCH),
     "--device": ("", "empty: cuda where there is one"),
 }
-SAMPLED = "--runs --prompts --temperature --sft --references --device "
+SAMPLED = "--runs --prompts --temperature --sft --device "
 COMMANDS = {
     report: "folder --prompts --device",
     curves: "--runs --arms --png",
@@ -1144,9 +1081,8 @@ def parse(argv):
         command.error = fail
         command.set_defaults(command=function)
         for name in names.split():
-            flags = [name, "--run"] if name == "--runs" else [name]
             default, about, *more = OPTIONS[name]
-            command.add_argument(*flags, default=default, help=about, **dict(*more))
+            command.add_argument(name, default=default, help=about, **dict(*more))
     return parser.parse_args(argv)
 
 

@@ -115,9 +115,7 @@ class Config(sft.Config):
 
     arms: list[str] = opt(["token", "fixed"], "terminations of chapter 3, control, rloo")
     ngram: int = opt(5, "tokens an action of `fixed` (paper: 5, programs: 10)", "--n")
-    sigma: Literal["equal", "last", "decay", "first", "own"] = opt(
-        "equal", "value of a macro action (paper: equal); own: one per token"
-    )
+    sigma: Literal["equal", "last", "decay", "first", "own"] = opt("equal", "pooling of values")
     steps: int = opt(60, "PPO steps: a rollout, then ppo_epochs updates")
     batch_size: int = opt(64, "responses per step of all ranks (paper: 256)")
     micro_batch_size: int = opt(64, "responses per forward pass and rank")
@@ -157,8 +155,6 @@ class Config(sft.Config):
 # too low. Say that a score of 3 is to come, and that every guess is 4 too low, so -1. From token to
 # token, -1 less -1 is no surprise, and that is right. But behind the end V is 0: there the surprise
 # is 3 + 0 - (-1) = 4. So whatever ends is praised for ending, and responses shrink at first.
-
-
 def load_models(arm, cfg, device):
     """Policy and reference start from the SFT model, reward model and critic from the RM.
 
@@ -313,12 +309,9 @@ def sample(policy, examples, step, tokenizer, cfg):
 def generate(model, prompts, uniforms, tokenizer, cfg):
     """Write a response to each prompt, token by token.
 
-    The keys and values of earlier tokens are kept in a cache and read again, so that each step
-    computes one new token per row.
-
-    prompts: B token lists; uniforms: float64 tensor [B, max_response], the randomness of each row.
-    A row's response depends on its own prompt and uniforms only, not on its batch. Returns B token
-    lists, which end in EOS unless cut.
+    Keys and values of earlier tokens are read from a cache, so that a step computes one new token
+    per row. prompts: B token lists; uniforms: float64 [B, max_response], the randomness: a row's
+    response depends on its own and its prompt only. Returns B token lists, with EOS unless cut.
     """
     B, device = len(prompts), model.device
     batch = sft.make_batch(prompts, [[]] * B, tokenizer.pad_token_id, device)
@@ -352,22 +345,18 @@ def generate(model, prompts, uniforms, tokenizer, cfg):
             more = torch.ones_like(tokens)  # [B, 1]
             attention = torch.cat([attention, more], 1)  # [B, P+t+1]
             place = place[:, -1:] + 1  # [B, 1]
-    rows = torch.cat(sampled, 1).tolist()
-    return [up_to_end(row, tokenizer.ends) for row in rows]
-
-
-def up_to_end(row, ends):
-    """A sampled row up to its first end mark; what was sampled behind it is for nothing."""
-    places = [i for i, token in enumerate(row) if token in ends]
-    return row[: places[0] + 1] if places else row
+    responses = torch.cat(sampled, 1).tolist()
+    for row in responses:  # what was sampled behind its first end mark is for nothing
+        places = [i for i, token in enumerate(row) if token in tokenizer.ends]
+        del row[places[0] + 1 if places else len(row) :]
+    return responses
 
 
 def shaped(logits, cfg, keep=None):
     """Log-probabilities after temperature and top-k.  [..., N] -> [..., N], N the vocabulary
 
-    There must be one distribution, both sampled from and scored: a ratio or KL between the sampled
-    distribution and another one would be wrong from the first step.
-    keep: BoolTensor [..., N] of allowed tokens; by default the top k.
+    What is sampled from must be what is scored: a ratio or KL to another distribution would be
+    wrong from the first step. keep: BoolTensor [..., N] of allowed tokens; by default the top k.
     """
     logits = logits / cfg.temperature
     if cfg.top_k and keep is None:
@@ -412,23 +401,18 @@ class Judged(NamedTuple):
 def judge(batch, models, cfg):
     """Ask policy and reference for log-probabilities, the critic for values.  -> `Judged`"""
     parts = []
-    for part in sft.micro_slices(len(batch.mask), cfg.micro_batch_size):
-        parts.append(judge_rows(batch.rows(part), models, cfg))
+    for place in sft.micro_slices(len(batch.mask), cfg.micro_batch_size):
+        part = batch.rows(place)  # a micro-batch of b rows
+        logprobs, every, keep = token_logprobs(models["policy"], part, cfg)  # every: [b, T, N]
+        # The reference is asked about the same allowed tokens: else one that only the policy
+        # allows would cost infinite KL.
+        ref_logprobs, _, _ = token_logprobs(models["reference"], part, cfg, keep)  # [b, T]
+        values = torch.zeros_like(logprobs)  # [b, T]
+        if "critic" in models:  # rloo has none
+            values = state_values(models["critic"], part) * part.mask  # [b, T]
+        entropy = torch.special.entr(every.exp()).sum(-1) * part.mask  # [b, T]
+        parts.append((logprobs, ref_logprobs, values, entropy))
     return Judged(*(torch.cat(rows) for rows in zip(*parts, strict=True)))
-
-
-def judge_rows(batch, models, cfg):
-    """The same for a micro-batch of b rows.  -> `Judged` of [b, T] each"""
-    policy, reference, mask = models["policy"], models["reference"], batch.mask
-    logprobs, every, keep = token_logprobs(policy, batch, cfg)  # every: [b, T, N]
-    # The reference is asked about the same allowed tokens: else one that only the policy allows
-    # would cost infinite KL.
-    ref_logprobs, _, _ = token_logprobs(reference, batch, cfg, keep)  # [b, T]
-    values = torch.zeros_like(logprobs)  # [b, T]
-    if "critic" in models:  # rloo has none
-        values = state_values(models["critic"], batch) * mask  # [b, T]
-    entropy = torch.special.entr(every.exp()).sum(-1) * mask  # [b, T]
-    return Judged(logprobs, ref_logprobs, values, entropy)
 
 
 def token_logprobs(model, batch, cfg, keep=None):
@@ -475,13 +459,13 @@ def score(rollout, models, examples, tokenizer, cfg):
         rows = [batch.rows(part) for part in parts]
         scores = [reward.last_token_scores(models["reward"], x) for x in rows]
         scores = torch.cat(scores)  # [B]
-    else:
+    elif cfg.reward:
         prompts = [row["text"] for row in examples]
-        judge_texts = reward.unit_test_scores
-        if cfg.reward:
-            judge_texts = reward.own_reward(cfg.reward)
-        scores = torch.tensor(judge_texts(prompts, texts, examples))  # [B]
-        scores = scores.to(stopped.device)
+        scores = reward.own_reward(cfg.reward)(prompts, texts, examples)
+        scores = torch.tensor(scores, device=stopped.device)  # [B]
+    else:
+        scores = reward.program_rewards(texts, [row["problem"] for row in examples])
+        scores = torch.tensor(scores, device=stopped.device)  # [B]
     if cfg.task in sft.PROGRAMS and not cfg.reward:
         passed = (scores == 1) & stopped  # [B]
     if cfg.task == "toy":
@@ -499,8 +483,6 @@ def ended(batch, tokenizer):
 
 
 # Step 3. Macro actions.
-
-
 def cut(arm, rollout, ref_logprobs, tokenizer, cfg):
     """Mark where macro actions begin (chapter 3).
 
@@ -520,8 +502,6 @@ def cut(arm, rollout, ref_logprobs, tokenizer, cfg):
 
 
 # Step 4. Rewards.
-
-
 def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
     """The KL penalty at every token, plus the score at the last real one.  -> [B, T]
 
@@ -712,8 +692,7 @@ def ratios(logprobs, old_logprobs, mask, seg=None):
 def policy_loss(ratio, advantages, mask, clip=0.2):
     """PPO's clipped objective, averaged over real tokens.  All [B, T] -> scalar
 
-    Where the ratios are those of macro actions (the paper's formula), one of L tokens enters the
-    sum L times, with the product of all L ratios.
+    Of macro actions (the paper's formula), one of L tokens enters L times, with all L's product.
     """
     clipped = ratio.clamp(1 - clip, 1 + clip)
     advantages = torch.where(mask.bool(), advantages, 0)
@@ -727,10 +706,9 @@ def policy_loss(ratio, advantages, mask, clip=0.2):
 def value_loss(values, old_values, targets, mask, clip=0.2):
     """Clipped squared error of the critic, averaged over real tokens.  All [B, T] -> scalar.
 
-    As for the policy: within one rollout the critic must not run far from what it said before. In
-    the first update of a rollout values equal old_values, and nothing is clipped. Mind the unit:
-    clip is in units of reward here, where targets may span ten, so that further updates hardly get
-    anywhere (hence --value_clip 0 with more --critic_epochs).
+    Within one rollout the critic must not run far from what it said before; in its first update
+    nothing is clipped. Mind the unit: clip is in units of reward, where targets may span ten, so
+    that further updates hardly get anywhere (hence --value_clip 0 with more --critic_epochs).
     """
     values = torch.where(mask.bool(), values, 0)
     old_values = torch.where(mask.bool(), old_values, 0)
@@ -758,10 +736,7 @@ class Lesson(NamedTuple):
 
 
 def improve(lesson, models, optimizers, step, cfg):
-    """Update policy and critic on the whole rollout.  -> {metric: number}
-
-    In the first --critic_steps steps only the critic learns.
-    """
+    """Update policy and critic; for --critic_steps the critic alone.  -> {metric: number}"""
     policy, critic = models["policy"], models.get("critic")
     token_count = float(sft.all_sum(lesson.batch.mask.sum().cpu()))
     learning = step - cfg.critic_steps  # steps since the policy began
@@ -775,8 +750,7 @@ def improve(lesson, models, optimizers, step, cfg):
         totals.append(sft.update(policy, optimizers["policy"], losses, lr))
     for _ in range(critic_epochs):
         losses = value_losses(lesson, critic, token_count, cfg)
-        total = sft.update(critic, optimizers["critic"], losses, cfg.critic_lr)
-        critic_totals.append(total)
+        critic_totals.append(sft.update(critic, optimizers["critic"], losses, cfg.critic_lr))
     return {
         "policy_loss": sum(totals) / policy_epochs if policy_epochs else None,
         "value_loss": sum(critic_totals) / critic_epochs if critic_epochs else None,
@@ -784,10 +758,7 @@ def improve(lesson, models, optimizers, step, cfg):
 
 
 def policy_losses(lesson, policy, token_count, cfg, ratios_seen):
-    """Yield each micro-batch's share of the policy loss; its ratios are added to `ratios_seen`.
-
-    A mean over the tokens of a micro-batch weighs as many tokens as it has.
-    """
+    """Yield each micro-batch's share of the policy loss; its ratios are added to `ratios_seen`."""
     for part in lesson.parts(cfg.micro_batch_size):
         mask = part.batch.mask  # [b, T]
         logprobs, _, _ = token_logprobs(policy, part.batch, cfg)  # [b, T]
@@ -797,7 +768,7 @@ def policy_losses(lesson, policy, token_count, cfg, ratios_seen):
         ratio = ratios(logprobs, part.logprobs, mask, seg)  # [b, T]
         ratios_seen.append(ratio.detach()[counted])
         loss = policy_loss(ratio, part.advantages, mask, cfg.clip)
-        yield loss * mask.sum() / token_count
+        yield loss * mask.sum() / token_count  # a mean weighs as many tokens as it is of
 
 
 def value_losses(lesson, critic, token_count, cfg):
@@ -828,6 +799,7 @@ def main(argv=None):
 # PPO needs prompts that nobody has learned from. Where the SFT model or the RM is missing, the
 # earlier chapters are run for it, so that one command goes from nothing to a picture.
 
+import json
 import os
 import re
 import shlex
@@ -929,7 +901,7 @@ def run_stage(chapter, out, cfg, *flags):
 
 def check_stage(out, stage):
     """Refuse a finished stage that was made for other rows, or other tokens; say what it is."""
-    made = sft.read_json(Path(out) / "run.json")["config"]
+    made = json.loads((Path(out) / "run.json").read_text())["config"]
     for name in SHAPING:
         old, new = made.get(name), getattr(stage, name)
         if old != new:
@@ -971,7 +943,6 @@ def draw_curves(folders, cfg):
 #     ratio_first                   ratio farthest from 1 before any update: 1, but for rounding
 #     seconds, seconds_PHASE        of the step, and of its phases sample, judge, credit, update
 #     tokens_per_second_PHASE       all ranks: sampled ones; read ones, prompts too, for the others
-#     gpu_gb                        on a GPU: this rank's peak memory
 #
 # samples.jsonl has four responses of every tenth step, token by token with their credit.
 
@@ -997,9 +968,6 @@ def speeds(batch, clock, cfg):
         found[f"seconds_{name}"] = duration
         if name in tokens:
             found[f"tokens_per_second_{name}"] = tokens[name] / duration
-    if batch.mask.is_cuda:
-        found["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        torch.cuda.reset_peak_memory_stats()
     return found
 
 
@@ -1020,8 +988,7 @@ def summary(rollout, judged, scored, seg, fallback, tokenizer):
     for name, column in columns.items():
         if column is None:
             continue
-        everyone = sft.gather(column.tolist())
-        everyone = torch.tensor(everyone, dtype=torch.float64)  # [all B]
+        everyone = torch.tensor(sft.gather(column.tolist()), dtype=torch.float64)  # [all B]
         row[name] = float(everyone.mean())
         if name.endswith("_score"):
             row[f"{name}_std"] = float(everyone.std(correction=0))
@@ -1059,21 +1026,17 @@ def sample_rows(step, rollout, scored, lesson, examples, tokenizer):
             "prompt": examples[i]["text"],
             "response": rollout.texts[i],
             "rm_score": float(scored.scores[i]),
-            "gold_score": None,
+            "gold_score": None if scored.gold is None else float(scored.gold[i]),
             "tokens": tokens,
             "pieces": [text[start:end] for start, end in offsets],
         }
-        if scored.gold is not None:
-            row["gold_score"] = float(scored.gold[i])
         for name in ("seg", "values", "advantages", "targets"):
             row[name] = getattr(lesson, name)[i, : len(tokens)].tolist()
         rows.append(row)
     return rows
 
 
-# Appendix C. Settings that cannot work.
-#
-# They are refused before anything is computed, by name, with what would work.
+# Appendix C. Settings that cannot work are refused by name before anything is computed.
 
 
 def parse(argv):
@@ -1100,11 +1063,6 @@ def check_arms(cfg):
         wrong[f"--{name} must be positive"] = not 0 < getattr(cfg, name) < math.inf
     for name in ("gamma", "lam", "critic_lam"):
         wrong[f"--{name} must be from 0 to 1"] = not 0 <= (getattr(cfg, name) or 0) <= 1
-    at_least = {"beta": 0, "top_k": 0, "sample_batch_size": 0}
-    at_least |= {"value_clip": 0, "critic_steps": 0, "critic_epochs": 1}
-    for name, least in at_least.items():
-        value = getattr(cfg, name)
-        wrong[f"--{name} must be {least} or more"] = value is not None and not value >= least
     known = [*segment.TERMINATIONS, "control", "rloo"]
     different = set(cfg.arms)
     rloo, k = "rloo" in cfg.arms, cfg.rloo_k

@@ -59,19 +59,12 @@ class Config(sft.Config):
     lr: float = opt(1.5e-3, "peak learning rate; rises linearly, then falls as a cosine")
 
 
-@torch.no_grad()
-def output_width(trunk):
-    """How many numbers the trunk gives for a token; configs tell it in too many ways."""
-    token = torch.zeros(1, 1, dtype=torch.long, device=next(trunk.parameters()).device)
-    return trunk(input_ids=token, use_cache=False).last_hidden_state.shape[-1]
-
-
 class ScalarModel(nn.Module):
     """A transformer trunk with one number per position: the RM, and later the critic."""
 
     def __init__(self, trunk):
         super().__init__()
-        width = output_width(trunk)
+        width = trunk.get_input_embeddings().embedding_dim  # what comes out is as wide
         self.trunk = trunk
         self.head = nn.Linear(width, 1)
         # Small enough that all first scores are near 0, whatever the trunk puts out.
@@ -125,8 +118,6 @@ class ScalarModel(nn.Module):
 #
 # The number in the last *column* is no score: there stands <pad>, which the RM never learned to
 # read. A score taken from there is noise that looks like a reward.
-
-
 def last_token_scores(model, batch):
     """The RM's score r(x, y), read at the last real token.  -> [B]"""
     place = torch.arange(batch.attention.shape[1], device=batch.attention.device)  # [P+T]
@@ -242,10 +233,9 @@ def evaluate(model, rows, tokenizer, cfg):
     counts as preferred, and pairs of equal gold score are left out.
     """
     pairs = sft.encode(rows, tokenizer, cfg, PAIR)
-    chosen = [{"prompt": pair["prompt"], "response": pair["chosen"]} for pair in pairs]
-    rejected = [{"prompt": pair["prompt"], "response": pair["rejected"]} for pair in pairs]
-    pad, size = tokenizer.pad_token_id, 2 * cfg.micro_batch_size
-    scores = score_all(model, chosen + rejected, pad, size)
+    both = [(pair["prompt"], pair[name]) for name in PAIR[1:] for pair in pairs]
+    examples = [{"prompt": prompt, "response": response} for prompt, response in both]
+    scores = score_all(model, examples, tokenizer.pad_token_id, 2 * cfg.micro_batch_size)
     margins = [a - b for a, b in zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)]
     right = [(row["prompt"], margin > 0) for row, margin in zip(rows, margins, strict=True)]
     result = {"pairs": len(right), "accuracy": accuracy(right, "the labels as given")}
@@ -274,10 +264,7 @@ def accuracy(right, labels):
 
 
 def center(model, rows, tokenizer, cfg):
-    """Shift the head's bias so that the demonstrations in `rows` score 0 on average.
-
-    Returns the new bias.
-    """
+    """Shift the head's bias so that the demonstrations in `rows` score 0 on average -> the bias."""
     examples = sft.encode(sft.usable_rows(rows, tokenizer, cfg), tokenizer, cfg)
     scores = score_all(model, examples, tokenizer.pad_token_id, cfg.micro_batch_size)
     if isinstance(model, FSDPModule):
@@ -377,8 +364,7 @@ def toy_pair(row):
 def any_summary(rng, facts):
     """A summary of any quality, which may repeat itself until it is full.
 
-    Length must not betray coverage: or else the RM learns that longer is better, and the policy
-    to repeat.
+    Length must not betray coverage, or the RM learns that longer is better, and the policy to pad.
     """
     share, wrong = rng.uniform(0.1, 1.0), rng.uniform(0.0, 0.2)
     return sft.toy_summary(rng, facts, share, wrong, rng.randint(0, 4), sft.TOY_LONGEST)
@@ -407,11 +393,6 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from functools import cache
-
-
-def unit_test_scores(prompts, responses, rows):
-    """The rewards of responses that are programs, as a --reward has them: Appendix C."""
-    return program_rewards(responses, [row["problem"] for row in rows])
 
 
 def program_rewards(programs, problems, timeout=4.0):
@@ -722,12 +703,7 @@ def own_reward(name):
     def scores_of(prompts, responses, examples):
         """One finite number a response, or one line that says what is wrong."""
         rows = [example.get("raw", example) for example in examples]
-        here = os.getcwd()
-        try:
-            scores = getattr(module, function)(list(prompts), list(responses), rows)
-        except SystemExit:
-            sft.fail(f"--reward {name} has called exit")
-        os.chdir(here)  # wherever it has gone
+        scores = getattr(module, function)(list(prompts), list(responses), rows)
         try:
             scores = torch.tensor([float(score) for score in scores]).tolist()
         except (TypeError, ValueError):  # it may have forgotten its return
@@ -760,10 +736,7 @@ def from_classifier(folder):
 
 
 def check_vocabulary(model, folder, tokenizer):
-    """Refuse an RM that reads other ids than the policy writes; PAD alone may be new to it.
-
-    tokenizer: the policy's.
-    """
+    """Refuse an RM that reads other ids than the policy's `tokenizer`; PAD alone may be new."""
     theirs = sft.load_or_fail(AutoTokenizer.from_pretrained, folder).get_vocab()
     for token, number in tokenizer.get_vocab().items():
         if theirs.get(token) != number and number != tokenizer.pad_token_id:

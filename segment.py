@@ -35,9 +35,8 @@ import warnings
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import accumulate, cycle, pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -89,7 +88,7 @@ def perplexity_starts(mask, ref_logprobs):
     """
     if ref_logprobs is None:
         raise ValueError("perplexity needs a model's log-probabilities: --model")
-    # In doubles, sums of equal float32 numbers are exact: a tie starts no macro action.
+    # In doubles, sums of equal numbers are exact: a tie starts no macro action.
     surprise = -ref_logprobs.float().double().T.contiguous()  # [T, B]
     starts = torch.ones_like(surprise, dtype=torch.bool)  # [T, B]
     total = surprise.new_zeros(mask.shape[0])  # [B], of the running macro action
@@ -168,8 +167,6 @@ def pool(x, seg, mask, how):
 
 # The table of terminations. Each is a function of `Responses`, of which it reads what it needs, and
 # returns starts, a BoolTensor [B, T]. Functions that you have not met yet stand in Appendix A.
-
-
 @dataclass
 class Responses:
     """B sampled responses of at most T tokens."""
@@ -177,23 +174,14 @@ class Responses:
     mask: torch.Tensor  # [B, T] 0/1, right-padded
     tokens: list | None = None  # B lists of ids, and the tokenizer that they belong to
     tokenizer: object = None
-    aligned: list | None = None  # B pairs (text, offsets); made from `tokens` when first read
+    aligned: list | None = None  # what `read` returns; made from `tokens` when first read
     ref_logprobs: torch.Tensor | None = None  # [B, T], log π_ref of the tokens
     seeds: list | tuple = ()  # B ints, for `random`
     ngram: int = 5  # for `fixed`: tokens in a macro action
     cutoff: int = 5  # for `parsing`: phrases of fewer tokens stay whole
 
-    @property
-    def texts(self):
-        """B strings, without special tokens."""
-        return [text for text, _ in self._align()]
-
-    @property
-    def offsets(self):
-        """B lists of (start, end): token t wrote text[start:end]."""
-        return [offsets for _, offsets in self._align()]
-
-    def _align(self):
+    def read(self):
+        """B pairs (text, offsets): token t wrote text[start:end], its pair (start, end)."""
         if self.aligned is None:  # decoding takes time, which `token` or `fixed` need not spend
             self.aligned = [token_offsets(self.tokenizer, row) for row in self.tokens]
         return self.aligned
@@ -242,8 +230,7 @@ def macro_starts(name, responses):
 #     ids --token_offsets--> text, offsets        token t wrote text[start:end], offsets[t]
 #     text --rule or parser--> positions          characters at which a macro action begins
 #     positions, offsets --starts_at--> starts    the token that wrote such a character begins one
-# A token that wrote nothing (EOS, or the later bytes of an emoji) stays in the macro action before
-# it. That a response's first token begins one need not be said here: `macro_starts` sees to it.
+# A token that wrote nothing (EOS, later bytes of an emoji) stays in the macro action before it.
 
 
 def token_offsets(tokenizer, ids, trim=True):
@@ -294,7 +281,7 @@ def starts_at(positions, responses):
     tensor([[ True,  True, False]])
     """
     starts = torch.zeros(responses.mask.shape, dtype=torch.bool)  # [B, T]
-    for row, places, offsets in zip(starts, positions, responses.offsets, strict=True):
+    for row, places, (_, offsets) in zip(starts, positions, responses.read(), strict=True):
         ends = [end for _, end in offsets]
         begun = {bisect_right(ends, place) for place in places}
         row[sorted(begun - {len(ends)})] = True  # less what stands behind the text
@@ -308,7 +295,7 @@ def cut_after(responses, pattern):
     >>> cut_after(Responses(torch.ones(1, 4), aligned=aligned), ",")
     tensor([[False, False,  True,  True]])
     """
-    ends = [[match.end() for match in re.finditer(pattern, text)] for text in responses.texts]
+    ends = [[match.end() for match in re.finditer(pattern, text)] for text, _ in responses.read()]
     return starts_at(ends, responses)  # [B, T]
 
 
@@ -317,7 +304,7 @@ def ast_starts(responses):
 
     Returns (starts BoolTensor [B, T], share of texts that are not Python).
     """
-    found = [statement_positions(text) for text in responses.texts]
+    found = [statement_positions(text) for text, _ in responses.read()]
     positions, readable = zip(*found, strict=True)
     return starts_at(positions, responses), readable.count(False) / len(readable)
 
@@ -362,12 +349,11 @@ def statement_positions(text):
 
 # Parsing: the paper's macro actions that are phrases. A tree is (start, end, children) over
 # characters; a word is a node without children.
-
-
 def parse_starts(responses, nlp):
     """Macro actions at phrases.  nlp: `spacy_parser()`. Returns BoolTensor [B, T]."""
     positions = []
-    for document, offsets in zip(nlp.pipe(responses.texts), responses.offsets, strict=True):
+    texts, offsets_of = zip(*responses.read(), strict=True)
+    for document, offsets in zip(nlp.pipe(texts), offsets_of, strict=True):
         trees = [dependency_tree(s) for s in document.sents if s.text.strip()]
         cuts = [phrase_positions(tree, offsets, responses.cutoff) for tree in trees]
         positions.append([place for cut in cuts for place in cut])
@@ -378,8 +364,7 @@ def phrase_positions(tree, offsets, cutoff=5):
     """The characters at which one sentence's macro actions begin (paper, "parsing").
 
     Walk from the root: a node of fewer than `cutoff` tokens is one macro action, a larger one is
-    opened, and a node of a single word joins the macro action before it. The sentence itself
-    always begins one. offsets: list of T (start, end).
+    opened; single words join the one before. The sentence itself begins one. offsets: T pairs.
 
     >>> tree = (0, 11, [(0, 2, []), (3, 11, [(3, 6, []), (7, 11, [])])])  # (We (saw them))
     >>> phrase_positions(tree, [(0, 2), (2, 6), (6, 11)], cutoff=3)
@@ -401,10 +386,9 @@ def phrase_positions(tree, offsets, cutoff=5):
 
 
 def span_tree(spans):
-    """Nest a sentence's spans; one that crosses an earlier one is dropped.
+    """Nest a sentence's spans, pairs (start, end), the whole sentence among them.
 
-    The words of a dropped span hang one node higher. spans: (start, end) pairs, the whole sentence
-    among them. Returns nested (start, end, children).
+    One that crosses an earlier one is dropped. Returns nested (start, end, children).
 
     >>> span_tree([(0, 9), (0, 2), (3, 6), (7, 9), (3, 9)])
     (0, 9, [(0, 2, []), (3, 9, [(3, 6, []), (7, 9, [])])])
@@ -424,7 +408,7 @@ def span_tree(spans):
 
 @cache  # loaded once
 def spacy_parser():
-    """The spaCy model.  Raises ImportError, naming the pip install: call it before the training."""
+    """The spaCy model.  Raises ImportError, which names the pip install."""
     try:
         import spacy
 
@@ -477,28 +461,19 @@ def read_response(text, folder):
     return token_offsets(tokenizer, ids), logprobs
 
 
-def marked(pieces, starts, colour):
-    """The tokens' texts, macro actions in alternating colours or in [brackets].  starts: [T]."""
-    marks = cycle(["\x1b[30;43m", "\x1b[30;46m"] if colour else ["]["])
+def marked(pieces, starts):
+    """The tokens' texts, with macro actions in [brackets].  starts: [T]."""
     shown = ""
     for piece, begins in zip(pieces, starts.tolist(), strict=True):
-        shown += next(marks) + piece if begins else piece
-    return shown + "\x1b[0m" if colour else shown[1:] + "]"
-
-
-class Cell(NamedTuple):
-    """Where a token, or the part of it on one line, stands on the page, in characters."""
-
-    token: int
-    line: int
-    column: int
-    text: str
+        shown += "][" + piece if begins else piece
+    return shown[1:] + "]"
 
 
 def lay_out(pieces, width):
-    """Set tokens in lines of at most `width` characters, none of them broken -> list of Cells.
+    """Set tokens, given their texts, in lines of at most `width` characters, none of them broken.
 
-    pieces: the tokens' texts. A newline shows as ⏎ and ends its line; no text at all shows as ∎.
+    Returns (token, line, column, text) of each token, or part of it: a newline, shown as ⏎, ends
+    its line. No text at all shows as ∎.
     """
     cells = []
     line = 0
@@ -508,7 +483,7 @@ def lay_out(pieces, width):
             if column > 0 and column + len(text) > width:
                 line += 1
                 column = 0
-            cells.append(Cell(token, line, column, text.replace("\n", "⏎")))
+            cells.append((token, line, column, text.replace("\n", "⏎")))
             column += len(text)
             if text.endswith("\n"):
                 line += 1
@@ -522,9 +497,9 @@ def draw(rows, pieces, path, width=120):
     from matplotlib.patches import Rectangle
 
     cells = lay_out(pieces, width)
-    block = cells[-1].line + 1.6  # lines a termination, with the gap below
+    block = cells[-1][1] + 1.6  # lines a termination, with the gap below
     height = block * len(rows)
-    width = max(cell.column + len(cell.text) for cell in cells)
+    width = max(column + len(text) for _, _, column, text in cells)
     # 10-point monospace: a character is 0.0836 in wide; the names in the margin take 12 of them.
     figure = Figure(figsize=((width + 12) * 0.0836, height * 0.22))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-12, width), ylim=(height, 0))
@@ -534,11 +509,10 @@ def draw(rows, pieces, path, width=120):
         top = r * block + 0.3
         axes.text(-0.8, top + 0.5, name, ha="right", weight="bold", **font)
         seg = starts.cumsum(0).tolist()
-        for cell in cells:
-            tint = ("#a9d3f5", "#ffd58a")[seg[cell.token] % 2]
-            corner = (cell.column, top + cell.line)
-            axes.add_patch(Rectangle(corner, len(cell.text), 1, color=tint, lw=0))
-            axes.text(cell.column, corner[1] + 0.5, cell.text, family="monospace", **font)
+        for token, line, column, text in cells:
+            tint = ("#a9d3f5", "#ffd58a")[seg[token] % 2]
+            axes.add_patch(Rectangle((column, top + line), len(text), 1, color=tint, lw=0))
+            axes.text(column, top + line + 0.5, text, family="monospace", **font)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -573,14 +547,12 @@ def show(args):
     (text, offsets), ref_logprobs = read_response(text, args.model)
     if not text.strip():
         raise ValueError("the text is empty, or the tokenizer of --model knows none of it")
-    response = Responses(torch.ones(1, len(offsets)), aligned=[(text, offsets)])
+    options = {"seeds": [args.seed], "ngram": args.ngram, "cutoff": args.cutoff}
+    response = Responses(torch.ones(1, len(offsets)), aligned=[(text, offsets)], **options)
     response.ref_logprobs = ref_logprobs
-    response.seeds = [args.seed]
-    response.ngram = args.ngram
-    response.cutoff = args.cutoff
     pieces = [text[start:end] for start, end in offsets]
     starts, fallback = macro_starts(args.termination, response)  # [1, T]
-    print(marked(pieces, starts[0], colour=sys.stdout.isatty()))
+    print(marked(pieces, starts[0]))
     T, K = len(pieces), int(starts.sum())
     print(f"{args.termination}: {T} tokens, {K} macro actions, mean {T / K:.2f} tokens")
     if fallback:

@@ -77,9 +77,7 @@ class Config:
     chat_template: bool = opt(False, "wrap prompts in the chat template of the model's tokenizer")
     # Where and how it is computed: Appendix C.
     device: str = opt("", "cpu, cuda, ...; empty: cuda where there is one")
-    precision: Literal["auto", "fp32", "bf16"] = opt(
-        "auto", "of forward passes; auto: bf16 on a GPU that has it"
-    )
+    precision: Literal["auto", "fp32", "bf16"] = opt("auto", "auto: bf16 on a GPU that has it")
     gradient_checkpointing: bool = opt(False, "less memory: compute activations again, backwards")
     compile: bool = opt(False, "torch.compile the forward passes: slow to start, then faster")
     shard: bool = opt(False, "split the models among the ranks: for those too large for one GPU")
@@ -99,8 +97,6 @@ class Config:
 #     mask                                  |   1      1      1      0        T = 4 columns
 #
 # `mask` says which of the T response columns hold a real token, the end mark <eos> among them.
-
-
 @dataclass
 class Batch:
     """B sequences whose prompts end, and responses begin, at the same column P."""
@@ -122,9 +118,8 @@ class Batch:
 def make_batch(prompts, responses, pad, device):
     """Lay token lists out as a `Batch`.  prompts, responses: B token lists each; pad: id for gaps.
 
-    PAD must be another token than the end mark EOS. Our own masks come from the lengths, but much
-    other code, which reads what we save, finds padding by its id. Where PAD is EOS, it takes the
-    end mark for padding too, and a model that never sees an end never learns to stop.
+    PAD must not be the end mark EOS: much other code finds padding by its id (ours by lengths) and
+    would hide the end, too, and a model that never sees an end never learns to stop.
     """
     P = max(len(prompt) for prompt in prompts)
     T = max(1, *(len(response) for response in responses))
@@ -170,7 +165,7 @@ def response_logits(model, batch):
 def possible(logits, model):
     """Logits in which ids that stand for no token have no chance.  [..., N] -> [..., N]
 
-    Many models have more ids than their tokenizer has tokens. `unused_ids` is set in Appendix D.
+    Many models have more ids than their tokenizer has tokens. `unused_ids` is set in Appendix C.
     """
     if not model.unused_ids:
         return logits
@@ -198,20 +193,16 @@ def sft_loss(model, batch, token_count):
 
 
 def setup(device=""):
-    """Join the other ranks, if torchrun started us.  -> the torch.device of this rank
-
-    A rank that does not answer for ten minutes counts as lost, and the others end with an error.
-    """
+    """Join the other ranks, if torchrun started us.  -> the torch.device of this rank"""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":  # every rank has a GPU of its own
-        number = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-        device = torch.device("cuda", number)
     try:
+        if device.type == "cuda":  # every rank has a GPU of its own
+            number = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+            device = torch.device("cuda", number)
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, AttributeError) as error:  # a torch without CUDA ...
         fail(f"--device {device} cannot be used: {str(error).splitlines()[0]}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
@@ -254,11 +245,10 @@ def all_sum(x):
 
 def gather(items):
     """Every rank's list, concatenated in rank order: after `my_share`, the global order."""
-    mine = list(items)
-    parts = [mine]
+    parts = [list(items)]
     if world() > 1:
         parts = [None] * world()
-        dist.all_gather_object(parts, mine)
+        dist.all_gather_object(parts, list(items))
     return [item for part in parts for item in part]
 
 
@@ -384,13 +374,6 @@ def epoch_order(count, epoch, seed):
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-@torch.no_grad()
-def held_out_loss(model, examples, tokenizer, cfg):
-    """Cross-entropy in nats per response token on held-out examples; all ranks compute all."""
-    token_count = sum(len(example["response"]) for example in examples)
-    return sum(map(float, micro_losses(model, examples, tokenizer, token_count, cfg)))
-
-
 def main(argv=None):
     """Fine-tune a model on demonstrations, with the settings of the command line."""
     train(parse(Config, "sft", argv))  # Appendix B
@@ -427,7 +410,9 @@ def train(cfg):
         log(out, {"step": step, "loss": loss, "seconds": seconds}, cfg)  # Appendix A
         save_checkpoint(out, step + 1, cfg, models, optimizers)  # if it is time to: Appendix A
 
-    loss = held_out_loss(model, test, tokenizer, cfg)
+    token_count = sum(len(example["response"]) for example in test)
+    with torch.no_grad():  # all ranks compute all
+        loss = sum(map(float, micro_losses(model, test, tokenizer, token_count, cfg)))
     print0(f"SFT: cross-entropy {loss:.3f} nats a token on {len(test)} held-out demonstrations")
     save_models([model, tokenizer], out)  # Appendix A
     # From here on the folder is complete.
@@ -476,7 +461,7 @@ def finished(out, cfg):
     """Whether --resume auto finds all steps of this run done, and its models saved."""
     if not cfg.resume or not (out / "run.json").exists():
         return False
-    made = read_json(out / "run.json")["config"]
+    made = json.loads((out / "run.json").read_text())["config"]
     what = "epochs" if cfg.epochs else "steps"
     enough = made[what] >= getattr(cfg, what)
     if enough:
@@ -502,7 +487,7 @@ def begin(out, cfg, models, optimizers):
     saved = checkpoints(out) if cfg.resume else []
     first = 0
     if saved:
-        made = read_json(saved[-1] / "state.json")
+        made = json.loads((saved[-1] / "state.json").read_text())
         first = made["step"]
         if first > cfg.steps:
             fail(f"{saved[-1]} is beyond --steps {cfg.steps}")
@@ -590,11 +575,6 @@ def append(path, *rows):
             for row in rows:
                 row = json.loads(json.dumps(row), parse_constant=lambda name: None)
                 file.write(json.dumps(row) + "\n")
-
-
-def read_json(path):
-    """The content of a JSON file."""
-    return json.loads(Path(path).read_text())
 
 
 def write_json(path, value):
@@ -887,8 +867,8 @@ def recompute_activations(trunk):
 def shard_model(model, device):
     """Split a model's parameters, gradients and Adam's state among the ranks (PyTorch's FSDP2).
 
-    A layer is put together when it is needed, and taken apart again; so all ranks must call the
-    model equally often. Gradients are summed, not averaged: our losses are parts of a sum.
+    Layers are put together when they are needed, so all ranks must call the model equally often.
+    Gradients are summed, not averaged: our losses are parts of a sum.
     """
     mesh = init_device_mesh(device.type, (world(),))
     trunk = getattr(model, "trunk", model)
@@ -904,9 +884,9 @@ def shard_model(model, device):
 
 # Appendix D. How text becomes tokens.
 #
-# Every family of models begins prompts, ends responses and marks turns in its own way, and tokens
-# that are off by a space cost quality. So nothing is put together by hand. Prompt and answer go
-# through the tokenizer, or its chat template, as one; what the answer adds is the response.
+# Every family of models begins prompts, ends responses and marks turns in its own way. So nothing
+# is put together by hand: prompt and answer go through the tokenizer, or its chat template, as one.
+# What the answer adds is the response.
 
 import re
 from contextlib import suppress
@@ -1064,8 +1044,7 @@ def usable_rows(rows, tokenizer, cfg, names=("prompt", "response")):
 import gzip
 import hashlib
 import random
-from collections import Counter
-from typing import NamedTuple
+from collections import Counter, namedtuple
 
 SPLIT_SEED = 1234  # the paper's; fixed, so that stages run with different --seed never share rows
 TEST_SHARE = 0.1
@@ -1094,8 +1073,7 @@ def split(rows, share, percent=(20, 40, 40)):
     """The rows of the share "test", "sft", "rm" or "ppo"; all about one prompt are in one share.
 
     A tenth of the prompts is held out as "test"; `percent` of the others are for SFT, RM and PPO. A
-    hash of its text decides where a prompt belongs, so that rows which are added later move none.
-    (The toys never get others, and are shuffled.)
+    hash of a prompt's text decides, so that rows added later move none. (The toys are shuffled.)
     """
     edges = [0, TEST_SHARE]
     for edge in (percent[0] / 100, (percent[0] + percent[1]) / 100, 1):
@@ -1202,8 +1180,6 @@ def useful(row):
 
 
 # A reader takes a row as it was read, and returns one of texts, or why it is of no use.
-
-
 def tldr_row(raw):
     """TL;DR: {info: {post, subreddit}, summaries: [{text}, {text}], choice: 0 or 1}, preferences;
     or {post, subreddit, summary}, a demonstration."""
@@ -1275,8 +1251,6 @@ def apps_row(raw):
 def check_tests(tests):
     """ValueError unless unit tests are in APPS' form {fn_name, inputs, outputs}."""
     inputs, outputs = get(tests, "inputs", list), get(tests, "outputs", list)
-    if tests.get("fn_name"):
-        get(tests, "fn_name")
     if len(inputs) != len(outputs):
         raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs are no unit tests")
     kind = list if tests.get("fn_name") else str  # arguments, or what is read and printed
@@ -1338,14 +1312,8 @@ TOY_ROWS = 30_000  # posts
 TOY_LONGEST = 14  # sentences of a summary, so that it fits into max_response
 
 
-class Fact(NamedTuple):
-    """One kind of fact: its six values, the wording of summaries, two wordings of posts."""
-
-    values: str
-    summary: str
-    posts: tuple
-
-
+# One kind of fact: its six values, the wording of summaries, two wordings of posts.
+Fact = namedtuple("Fact", "values summary posts")
 # fmt: off
 TOY_FACTS = {
     "friend": Fact(
@@ -1408,8 +1376,8 @@ def toy_sentences():
 def toy_summary(rng, facts, share, wrong, fillers, repeats):
     """The sentences of a summary: a `share` of the `facts`, fillers, and repetitions.
 
-    facts: {slot: value}. With probability `wrong` a fact's value is drawn at random, and so wrong 5
-    times in 6. fillers: how many; repeats: at most so many. Never above TOY_LONGEST sentences.
+    facts: {slot: value}; wrong: how often a value is drawn at random, and so wrong 5 times in 6;
+    fillers: how many; repeats: at most so many. Never above TOY_LONGEST sentences.
     """
     sentences = []
     for slot in rng.sample(list(facts), round(share * len(facts))):
@@ -1458,15 +1426,9 @@ CODE_TESTS = 3  # unit tests of each problem
 CODE_MISTAKES = {"return": 4, "number": 8, "step": 2, "order": 2, "gap": 1, "list": 1, "bracket": 1}
 
 
-class Step(NamedTuple):
-    """One step of a program: its words and its line, with {} for a number k."""
-
-    words: str
-    line: str
-    compute: object  # what it makes of a list x and a number k
-    mistaken_for: str  # the step that a wrong demonstration has in its place
-
-
+# One step of a program: its words and its line, with {} for a number k; what it makes of a list x
+# and k; and the step that a wrong demonstration has in its place.
+Step = namedtuple("Step", "words line compute mistaken_for")
 # fmt: off
 CODE_STEPS = {
     "add": Step("add {} to each", "x = [v + {} for v in x]",

@@ -108,7 +108,8 @@ def test_continuations_find_the_value_and_the_advantage_of_every_toss(monkeypatc
     cfg = ma_ppo.Config(max_response=4)
     responses = [[HEAD, HEAD, TAIL, TAIL], [TAIL, HEAD, TAIL]]
     examples = [{"prompt": [3, 3]}, {"prompt": [3]}]
-    rollout = chapter5.rollout_of(examples, responses, tokenizer, models)
+    batch = sft.make_batch([row["prompt"] for row in examples], responses, 0, "cpu")
+    rollout = ma_ppo.Rollout(batch, responses, responses, seeds=[])
     _, rewards = heads(rollout)
     found = chapter5.true_values(rollout, rewards, examples, 1000, models, tokenizer, cfg)
     values, advantages = (x.numpy() for x in found)
@@ -322,9 +323,9 @@ def test_a_command_s_help_lists_its_own_options_of_which_torchrun_takes_none(fun
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("curves --runs nowhere", "nowhere: no such folder"),
+        ("curves --runs nowhere", "nowhere: no run"),
         ("curves --runs model", "model: no run"),
-        ("score --runs toy --device cpu --prompts 4 --references", "gone: no such folder"),
+        ("score --runs toy --device cpu --prompts 4", "gone: no such folder"),
         ("duel --a toy --b hh", "task"),
         ("duel --a toy --b toy --judge dice", "dice"),
         ("seeds --runs toy --versus nobody", "--versus"),

@@ -390,14 +390,12 @@ def view(capsys, *arguments):
     return capsys.readouterr().out
 
 
-def test_the_viewer_prints_brackets_into_a_pipe_or_colours_and_counts(capsys):
+def test_the_viewer_prints_brackets_and_counts(capsys):
     text = ["--text", "Well done. Now do it again!", "--termination"]
     out = "[Well done.][ Now do it][ again!]\nfixed: 8 tokens, 3 macro actions, mean 2.67 tokens\n"
     assert view(capsys, *text, "fixed", "--ngram", 3) == out
     assert view(capsys, *text, "fixed", "--n", 3) == out
     assert "cannot read" in view(capsys, *text, "ast")
-    on_a_terminal = segment.marked(["a", "b", "c"], torch.tensor([1, 1, 0]).bool(), colour=True)
-    assert re.sub(r"\x1b\[[0-9;]*m", "|", on_a_terminal) == "|a|bc|"
 
 
 @pytest.mark.parametrize(
