@@ -257,8 +257,6 @@ def train(arm, out, cfg, device):
 
 
 # Step 1. Sampling.
-
-
 def choose_prompts(arm, prompts, step, cfg):
     """This rank's share of the step's prompts; in `rloo` each comes rloo_k times.
 
@@ -386,8 +384,6 @@ def draw(logprobs, uniforms):
 
 
 # Step 2. Judging.
-
-
 class Judged(NamedTuple):
     """What policy, reference and critic say of the response tokens, [B, T]; 0 in the padding."""
 
@@ -523,8 +519,6 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
 # Step 5. Credit. The first two functions are what the paper is about: read them side by side. The
 # second does two things at once: it has fewer factors lambda, and one value for several tokens. The
 # third has the fewer factors only, and leaves every token its own value.
-
-
 def token_gae(rewards, values, mask, gamma, lam):
     """Advantages and the critic's targets per token (GAE).
 
@@ -676,8 +670,6 @@ def masked_mean(x, mask):
 
 
 # Step 6. Improvement.
-
-
 def ratios(logprobs, old_logprobs, mask, seg=None):
     """pi / pi_old of each token; with `seg`, of the macro action that it is in.  -> [B, T]
 
@@ -692,7 +684,7 @@ def ratios(logprobs, old_logprobs, mask, seg=None):
 def policy_loss(ratio, advantages, mask, clip=0.2):
     """PPO's clipped objective, averaged over real tokens.  All [B, T] -> scalar
 
-    Of macro actions (the paper's formula), one of L tokens enters L times, with all L's product.
+    With ratios of macro actions (the paper's formula), one of L tokens enters the sum L times.
     """
     clipped = ratio.clamp(1 - clip, 1 + clip)
     advantages = torch.where(mask.bool(), advantages, 0)
@@ -768,7 +760,7 @@ def policy_losses(lesson, policy, token_count, cfg, ratios_seen):
         ratio = ratios(logprobs, part.logprobs, mask, seg)  # [b, T]
         ratios_seen.append(ratio.detach()[counted])
         loss = policy_loss(ratio, part.advantages, mask, cfg.clip)
-        yield loss * mask.sum() / token_count  # a mean weighs as many tokens as it is of
+        yield loss * mask.sum() / token_count  # it is a mean of so many tokens
 
 
 def value_losses(lesson, critic, token_count, cfg):

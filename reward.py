@@ -64,7 +64,7 @@ class ScalarModel(nn.Module):
 
     def __init__(self, trunk):
         super().__init__()
-        width = trunk.get_input_embeddings().embedding_dim  # what comes out is as wide
+        width = trunk.get_input_embeddings().embedding_dim  # of what comes out, too
         self.trunk = trunk
         self.head = nn.Linear(width, 1)
         # Small enough that all first scores are near 0, whatever the trunk puts out.
