@@ -392,7 +392,7 @@ def sampled(args, count):
 
 
 def samples_of(folder, cfg, temperature, count, args):
-    """`count` samples of each held-out prompt, by a run or SFT model -> a list of rows a prompt."""
+    """`count` samples of each of the first prompts by a run or SFT model: rows, a list a prompt."""
     device = sft.setup(args.device)  # under torchrun, the ranks meet
     path = folder / "score/samples.jsonl"
     model = folder / "model" if read_config(folder) else folder
@@ -566,8 +566,8 @@ End with JSON: {{"winner": "1"}}, {{"winner": "2"}} or {{"winner": "tie"}}."""
 def duel(args):
     """Wins of run A over run B, a row a judge, with 95 % intervals (Wilson).
 
-    Win, tie and loss are shares of all pairs; what is missing to 1 had no verdict. Verdicts of a
-    person or a language model (its key: OPENAI_API_KEY) are kept in A/duel-B.jsonl, asked once.
+    Win, tie and loss are shares of all pairs; what is missing to 1 had no verdict. What a person or
+    a language model (its key: OPENAI_API_KEY) has said is kept in A/duel-B.jsonl.
     """
     runs = find_runs([args.a, args.b])
     if len(runs) != 2:
@@ -680,17 +680,18 @@ def ask_llm(question, args):
 # what each token was worth? That is what the update asks: it makes single tokens likelier.
 #
 # V* has an error, too, far larger than the A* of a token. So how far A* really spreads is taken
-# from elsewhere: every A* is a surprise, 0 on average, whatever came before. So the sum of their
-# squares is on average the square of their sum, return - V*(s_0), in which V* stands only once. Two
-# halves of the continuations have independent errors, which cancel on average in their product.
+# from elsewhere: every A* is a surprise, 0 on average, whatever came before. So they are
+# uncorrelated: their squares add up, on average, to the square of their sum. That sum is return -
+# V*(s_0), in which V* stands only once; the errors of two halves of the continuations are
+# independent, and cancel in their product.
 
 
 def credit(args):
     """Estimators of the advantage against the truth by continuations, before the first update.
 
     Correlations with A* of each token, its sampling error taken off; 95 % intervals by bootstrap
-    over responses. The picture, as by `heatmap`: the first response by the truth (A* of the actions
-    of `fixed`, and V* as target) and by two arms. --trained: for the run's final policy and critic.
+    over responses. The picture is `heatmap`'s, of the first response: the truth (A* summed over the
+    actions of `fixed`; V* as target), then `token` and `fixed`. --trained: final policy and critic.
     """
     if args.continuations < 2 or args.continuations % 2:
         fail("--continuations must be an even number")
@@ -768,8 +769,8 @@ def true_values(rollout, rewards, examples, count, models, tokenizer, cfg):
         uniforms = torch.tensor(np.array(noise))  # [b, room]
         written = ma_ppo.generate(models["policy"], prompts, uniforms, tokenizer, cfg)
         responses = [tokens + more for tokens, more in zip(begun, written, strict=True)]
-        begins = [row["prompt"] for row in chosen]
-        batch = sft.make_batch(begins, responses, tokenizer.pad_token_id, models["policy"].device)
+        asked = [row["prompt"] for row in chosen]
+        batch = sft.make_batch(asked, responses, tokenizer.pad_token_id, models["policy"].device)
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         anew = ma_ppo.Rollout(batch, responses, texts, seeds=[])
         _, later = judge(anew, models, chosen, tokenizer, cfg)  # [b, T]

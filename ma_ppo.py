@@ -115,7 +115,7 @@ class Config(sft.Config):
 
     arms: list[str] = opt(["token", "fixed"], "terminations of chapter 3, control, rloo")
     ngram: int = opt(5, "tokens an action of `fixed` (paper: 5, programs: 10)", "--n")
-    sigma: Literal["equal", "last", "decay", "first", "own"] = opt("equal", "pooling of values")
+    sigma: Literal["equal", "last", "decay", "first", "own"] = opt("equal", "values; own: unpooled")
     steps: int = opt(60, "PPO steps: a rollout, then ppo_epochs updates")
     batch_size: int = opt(64, "responses per step of all ranks (paper: 256)")
     micro_batch_size: int = opt(64, "responses per forward pass and rank")
@@ -308,8 +308,8 @@ def generate(model, prompts, uniforms, tokenizer, cfg):
     """Write a response to each prompt, token by token.
 
     Keys and values of earlier tokens are read from a cache, so that a step computes one new token
-    per row. prompts: B token lists; uniforms: float64 [B, max_response], the randomness: a row's
-    response depends on its own and its prompt only. Returns B token lists, with EOS unless cut.
+    per row. prompts: B token lists; uniforms: float64 [B, max_response]: a row's response depends
+    on its prompt and its uniforms only. Returns B token lists, which end in EOS unless cut.
     """
     B, device = len(prompts), model.device
     batch = sft.make_batch(prompts, [[]] * B, tokenizer.pad_token_id, device)
@@ -345,8 +345,8 @@ def generate(model, prompts, uniforms, tokenizer, cfg):
             place = place[:, -1:] + 1  # [B, 1]
     responses = torch.cat(sampled, 1).tolist()
     for row in responses:  # what was sampled behind its first end mark is for nothing
-        places = [i for i, token in enumerate(row) if token in tokenizer.ends]
-        del row[places[0] + 1 if places else len(row) :]
+        end = next((i for i, token in enumerate(row) if token in tokenizer.ends), len(row))
+        del row[end + 1 :]
     return responses
 
 
@@ -684,7 +684,7 @@ def ratios(logprobs, old_logprobs, mask, seg=None):
 def policy_loss(ratio, advantages, mask, clip=0.2):
     """PPO's clipped objective, averaged over real tokens.  All [B, T] -> scalar
 
-    With ratios of macro actions (the paper's formula), one of L tokens enters the sum L times.
+    With macro actions' ratios (the paper's formula), an action of L tokens counts L times.
     """
     clipped = ratio.clamp(1 - clip, 1 + clip)
     advantages = torch.where(mask.bool(), advantages, 0)
@@ -728,7 +728,7 @@ class Lesson(NamedTuple):
 
 
 def improve(lesson, models, optimizers, step, cfg):
-    """Update policy and critic; for --critic_steps the critic alone.  -> {metric: number}"""
+    """Update policy and critic, at first (--critic_steps) only the critic.  -> {metric: number}"""
     policy, critic = models["policy"], models.get("critic")
     token_count = float(sft.all_sum(lesson.batch.mask.sum().cpu()))
     learning = step - cfg.critic_steps  # steps since the policy began
@@ -760,7 +760,7 @@ def policy_losses(lesson, policy, token_count, cfg, ratios_seen):
         ratio = ratios(logprobs, part.logprobs, mask, seg)  # [b, T]
         ratios_seen.append(ratio.detach()[counted])
         loss = policy_loss(ratio, part.advantages, mask, cfg.clip)
-        yield loss * mask.sum() / token_count  # it is a mean of so many tokens
+        yield loss * mask.sum() / token_count  # `loss` is a mean over mask.sum() tokens
 
 
 def value_losses(lesson, critic, token_count, cfg):
@@ -1055,6 +1055,8 @@ def check_arms(cfg):
         wrong[f"--{name} must be positive"] = not 0 < getattr(cfg, name) < math.inf
     for name in ("gamma", "lam", "critic_lam"):
         wrong[f"--{name} must be from 0 to 1"] = not 0 <= (getattr(cfg, name) or 0) <= 1
+    for name in ("beta", "top_k", "sample_batch_size", "value_clip"):
+        wrong[f"--{name} must be 0 or more"] = not (getattr(cfg, name) or 0) >= 0
     known = [*segment.TERMINATIONS, "control", "rloo"]
     different = set(cfg.arms)
     rloo, k = "rloo" in cfg.arms, cfg.rloo_k

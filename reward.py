@@ -64,7 +64,7 @@ class ScalarModel(nn.Module):
 
     def __init__(self, trunk):
         super().__init__()
-        width = trunk.get_input_embeddings().embedding_dim  # of what comes out, too
+        width = trunk.get_input_embeddings().embedding_dim  # and last_hidden_state's
         self.trunk = trunk
         self.head = nn.Linear(width, 1)
         # Small enough that all first scores are near 0, whatever the trunk puts out.
@@ -364,7 +364,7 @@ def toy_pair(row):
 def any_summary(rng, facts):
     """A summary of any quality, which may repeat itself until it is full.
 
-    Length must not betray coverage, or the RM learns that longer is better, and the policy to pad.
+    Length must not betray coverage, or the RM learns that longer is better: the policy repeats.
     """
     share, wrong = rng.uniform(0.1, 1.0), rng.uniform(0.0, 0.2)
     return sft.toy_summary(rng, facts, share, wrong, rng.randint(0, 4), sft.TOY_LONGEST)

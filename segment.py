@@ -88,7 +88,7 @@ def perplexity_starts(mask, ref_logprobs):
     """
     if ref_logprobs is None:
         raise ValueError("perplexity needs a model's log-probabilities: --model")
-    # In doubles, sums of equal numbers are exact: a tie starts no macro action.
+    # In doubles, sums of equal float32 numbers are exact: a tie starts no macro action.
     surprise = -ref_logprobs.float().double().T.contiguous()  # [T, B]
     starts = torch.ones_like(surprise, dtype=torch.bool)  # [T, B]
     total = surprise.new_zeros(mask.shape[0])  # [B], of the running macro action
@@ -181,7 +181,7 @@ class Responses:
     cutoff: int = 5  # for `parsing`: phrases of fewer tokens stay whole
 
     def read(self):
-        """B pairs (text, offsets): token t wrote text[start:end], its pair (start, end)."""
+        """B pairs (text, offsets): token t wrote text[start:end], (start, end) = offsets[t]."""
         if self.aligned is None:  # decoding takes time, which `token` or `fixed` need not spend
             self.aligned = [token_offsets(self.tokenizer, row) for row in self.tokens]
         return self.aligned
@@ -364,7 +364,7 @@ def phrase_positions(tree, offsets, cutoff=5):
     """The characters at which one sentence's macro actions begin (paper, "parsing").
 
     Walk from the root: a node of fewer than `cutoff` tokens is one macro action, a larger one is
-    opened; single words join the one before. The sentence itself begins one. offsets: T pairs.
+    opened; single words join the action before. The sentence begins one. offsets: T pairs.
 
     >>> tree = (0, 11, [(0, 2, []), (3, 11, [(3, 6, []), (7, 11, [])])])  # (We (saw them))
     >>> phrase_positions(tree, [(0, 2), (2, 6), (6, 11)], cutoff=3)
@@ -472,8 +472,8 @@ def marked(pieces, starts):
 def lay_out(pieces, width):
     """Set tokens, given their texts, in lines of at most `width` characters, none of them broken.
 
-    Returns (token, line, column, text) of each token, or part of it: a newline, shown as ⏎, ends
-    its line. No text at all shows as ∎.
+    Returns a list of (token, line, column, text), all counted from 0. A newline, shown as ⏎, ends
+    its line and splits its token; no text at all shows as ∎.
     """
     cells = []
     line = 0

@@ -118,8 +118,8 @@ class Batch:
 def make_batch(prompts, responses, pad, device):
     """Lay token lists out as a `Batch`.  prompts, responses: B token lists each; pad: id for gaps.
 
-    PAD must not be the end mark EOS: much other code finds padding by its id (ours by lengths) and
-    would hide the end, too, and a model that never sees an end never learns to stop.
+    PAD must not be EOS, the end mark: other code, unlike ours, finds padding by its id. It would
+    hide the ends, too, and a model that never sees an end never learns to stop.
     """
     P = max(len(prompt) for prompt in prompts)
     T = max(1, *(len(response) for response in responses))
@@ -199,8 +199,9 @@ def setup(device=""):
         if device.type == "cuda":  # every rank has a GPU of its own
             number = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
             device = torch.device("cuda", number)
-            torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, AttributeError) as error:  # a torch without CUDA ...
         fail(f"--device {device} cannot be used: {str(error).splitlines()[0]}")
     if "RANK" in os.environ and not dist.is_initialized():
@@ -1073,7 +1074,8 @@ def split(rows, share, percent=(20, 40, 40)):
     """The rows of the share "test", "sft", "rm" or "ppo"; all about one prompt are in one share.
 
     A tenth of the prompts is held out as "test"; `percent` of the others are for SFT, RM and PPO. A
-    hash of a prompt's text decides, so that rows added later move none. (The toys are shuffled.)
+    hash of its text decides where a prompt goes: rows added later move no other. (The toys are
+    shuffled.)
     """
     edges = [0, TEST_SHARE]
     for edge in (percent[0] / 100, (percent[0] + percent[1]) / 100, 1):

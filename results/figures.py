@@ -1,6 +1,6 @@
 """The pictures of the study, from study.csv.
 
-python results/figures.py        # draws ../figures/study.png, horizon.png and level.png
+python results/figures.py     # draws study, horizon, level and readability.png in ../figures
 """
 
 from statistics import fmean
@@ -92,6 +92,22 @@ def horizon():
     save(figure, "horizon.png")
 
 
+def readability():
+    """The real model's runs: a thin line a seed, a thick one for their mean."""
+    figure, axes = plt.subplots(1, 4, figsize=(11, 3), layout="constrained")
+    panels = ["rm_score", "kl", "eos_rate", "explained_variance"]
+    for ax, column in zip(axes, panels, strict=True):
+        for arm in ("token", "fixed", "control"):
+            runs = [smooth(RUNS["readability", arm, seed][column]) for seed in (1, 2, 3)]
+            for run in runs:
+                ax.plot(run, color=COLOURS[arm], lw=0.8, alpha=0.6)
+            ax.plot(np.mean(runs, axis=0), color=COLOURS[arm], lw=2.5, label=arm)
+        ax.set(title=column.replace("rm_score", "reward: −|grade − 3|"), xlabel="PPO step")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    save(figure, "readability.png")
+
+
 if __name__ == "__main__":
     twenty, arms = range(20, 40), ["token", "fixed", "control"]
     scores = curves("rm_score", arms, twenty), "RM score: what PPO raises"
@@ -102,3 +118,4 @@ if __name__ == "__main__":
     lengths = curves("length", arms, ten), "length of responses, tokens"
     two_panels("level.png", (ahead, "RM score ahead of token"), lengths)
     horizon()
+    readability()

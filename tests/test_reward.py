@@ -21,6 +21,8 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
+    OPTConfig,
+    OPTModel,
 )
 
 import reward
@@ -60,6 +62,13 @@ def test_the_score_is_read_at_the_last_real_token_and_padding_does_not_matter():
     for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         alone = last_token_scores(model, batch([prompt], [response])).tolist()
         assert alone == pytest.approx([together[i]], abs=1e-5)
+
+
+def test_the_head_is_as_wide_as_what_the_trunk_puts_out():
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 8, "ffn_dim": 16, "num_hidden_layers": 1}
+    opt = OPTModel(OPTConfig(vocab_size=11, num_attention_heads=2, **sizes))  # as OPT-350m has it
+    model = ScalarModel(opt.eval())
+    assert model.head.in_features == 8 and model(batch()).shape == batch().tokens.shape
 
 
 def test_preference_loss_worked_by_hand():
