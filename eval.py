@@ -35,7 +35,6 @@ import os
 import re
 import shlex
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from statistics import fmean, median, median_high, stdev
 
@@ -43,7 +42,6 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image
 from tqdm import tqdm
 
@@ -420,8 +418,8 @@ def samples_of(folder, cfg, temperature, count, args):
         path.parent.mkdir(exist_ok=True)
         sft.append(path, *(row | {"drawn_with": stamp} for row in drawn))
         kept |= {(temperature, row["prompt"], row["sample"]): row for row in drawn}
-    groups = groupby(wanted, lambda key: key[1])
-    return [[kept[key] for key in group] for _, group in groups]
+    rows = [kept[key] for key in wanted]
+    return [rows[i : i + count] for i in range(0, len(rows), count)]
 
 
 def draw(jobs, temperature, model, cfg, device):
@@ -708,7 +706,7 @@ def credit(args):
     prompts = ma_ppo.load_prompts(tokenizer, cfg)
     examples = sft.batch_rows(prompts, 0, cfg.batch_size, cfg.seed)[: args.responses]
     rollout = ma_ppo.sample(models["policy"], examples, 0, tokenizer, cfg)
-    judged, rewards = judge(rollout, models, examples, tokenizer, cfg)  # rewards: [B, T]
+    judged, scored, rewards = judge(rollout, models, examples, tokenizer, cfg)  # rewards: [B, T]
     count = args.continuations
     V, A = true_values(rollout, rewards, examples, count, models, tokenizer, cfg)
     mask = rollout.batch.mask  # [B, T]
@@ -725,31 +723,25 @@ def credit(args):
         # What an action of `fixed` was worth is the sum of what its tokens were.
         true = segment.pool(A.mean(0), seg, mask.cpu(), "sum").gather(1, seg)  # [B, T]
         shown = {"truth": (seg, true, V.mean(0)), "token": shown["token"], "fixed": shown["fixed"]}
-        draw_samples(first_response(shown, rollout, judged.values, tokenizer), args.png)
+        samples = []
+        for name, (seg, advantages, targets) in shown.items():
+            # As the update uses them: whitened over all responses.
+            taught = ma_ppo.whiten(advantages, mask.cpu()), targets  # [B, T] each
+            lesson = ma_ppo.Lesson(rollout.batch, None, judged.values, *taught, None, seg)
+            first, *_ = ma_ppo.sample_rows(0, rollout, scored, lesson, examples, tokenizer)
+            samples.append(first | {"run": name})
+        draw_samples(samples, args.png)
     return table(["arm", "correlation with A*"], rows)
 
 
-def first_response(shown, rollout, values, tokenizer):
-    """The first response as `draw_samples` takes it, once for the truth and once an arm."""
-    text, offsets = segment.token_offsets(tokenizer, rollout.tokens[0])
-    samples = []
-    for name, (seg, advantages, targets) in shown.items():
-        # As the update uses them: whitened over all responses.
-        advantages = ma_ppo.whiten(advantages, rollout.batch.mask.cpu())  # [B, T]
-        columns = {"seg": seg, "advantages": advantages, "values": values, "targets": targets}
-        sample = {key: x[0, : len(offsets)].tolist() for key, x in columns.items()}
-        pieces = [text[start:end] for start, end in offsets]
-        samples.append(sample | {"run": name, "pieces": pieces})
-    return samples
-
-
 def judge(rollout, models, examples, tokenizer, cfg):
-    """What the models say of responses, and the reward of each token.  -> (Judged, [B, T])"""
+    """What is said of responses, and each token's reward.  -> (Judged, Scored, [B, T])"""
     judged = ma_ppo.judge(rollout.batch, models, cfg)
-    scores = ma_ppo.score(rollout, models, examples, tokenizer, cfg).scores  # [B]
-    logprobs, mask = judged.logprobs, rollout.batch.mask  # [B, T]
-    rewards = ma_ppo.token_rewards(scores, logprobs, judged.ref_logprobs, mask, cfg.beta)  # [B, T]
-    return judged, rewards
+    scored = ma_ppo.score(rollout, models, examples, tokenizer, cfg)
+    logprobs, ref_logprobs, _, _ = judged  # [B, T]
+    mask = rollout.batch.mask  # [B, T]
+    rewards = ma_ppo.token_rewards(scored.scores, logprobs, ref_logprobs, mask, cfg.beta)
+    return judged, scored, rewards
 
 
 @torch.no_grad()
@@ -773,7 +765,7 @@ def true_values(rollout, rewards, examples, count, models, tokenizer, cfg):
         batch = sft.make_batch(asked, responses, tokenizer.pad_token_id, models["policy"].device)
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         anew = ma_ppo.Rollout(batch, responses, texts, seeds=[])
-        _, later = judge(anew, models, chosen, tokenizer, cfg)  # [b, T]
+        *_, later = judge(anew, models, chosen, tokenizer, cfg)  # [b, T]
         returns = later[:, t:].sum(1).reshape(len(going), -1, 2)  # [responses, pairs, 2]
         values[:, going, t] = returns.double().mean(1).T.cpu()  # [2, responses]
     return values, rewards.cpu() + values.diff()
@@ -1000,7 +992,7 @@ def draw_text(ax, cells, seg, advantages, limit):
     for token, line, left, text in cells:
         strength = advantages[token] / (limit or 1.0)  # -1 to 1
         tint = TINTS((strength + 1) / 2)
-        ax.add_patch(Rectangle((left, line + 0.08), len(text), 0.84, color=tint, lw=0))
+        ax.barh(line + 0.5, len(text), 0.84, left, color=tint, lw=0)
         ink = "white" if abs(strength) > 0.75 else "black"
         ax.text(left, line + 0.52, text, color=ink, **FONT)
         if seg[token] > begun:
@@ -1025,7 +1017,6 @@ def draw_values(ax, sample):
 # Appendix H. The command line: each command, a function(args) -> lines of text, has its own options
 
 CRITERION = "relevance, coherence, consistency and fluency"
-JUDGES = {"choices": ["rm", "gold", "llm", "human"]}
 MANY, NUMBER = {"nargs": "+"}, {"type": int}
 NEEDED, SWITCH = {"required": True}, {"action": "store_true"}
 OPTIONS = {  # default, help, and what else argparse must know
@@ -1045,7 +1036,7 @@ OPTIONS = {  # default, help, and what else argparse must know
     "--k": ([1, 5], "k", MANY | NUMBER),
     "--a": ("", "a run folder", NEEDED),
     "--b": ("", "its opponent's", NEEDED),
-    "--judge": (["rm"], "who", MANY | JUDGES),
+    "--judge": (["rm"], "who", MANY | {"choices": ["rm", "gold", "llm", "human"]}),
     "--judge_model": ("", "llm: its name"),
     "--judge_url": ("https://api.openai.com/v1", "llm: where it is"),
     "--criterion": (CRITERION, "what llm and human judge by"),

@@ -462,7 +462,6 @@ def score(rollout, models, examples, tokenizer, cfg):
     else:
         scores = reward.program_rewards(texts, [row["problem"] for row in examples])
         scores = torch.tensor(scores, device=stopped.device)  # [B]
-    if cfg.task in sft.PROGRAMS and not cfg.reward:
         passed = (scores == 1) & stopped  # [B]
     if cfg.task == "toy":
         facts = [row["facts"] for row in examples]
@@ -589,8 +588,7 @@ def shift(x):
 def discounted_sum(x, factor):
     """y_i = x_i + factor_i * y_{i+1} along each row, from the end.  [B, N], number or [B, N]"""
     y = torch.zeros_like(x)  # [B, N]
-    if not torch.is_tensor(factor):
-        factor = torch.full_like(x, factor)  # [B, N]
+    factor = torch.zeros_like(x) + factor  # [B, N]
     running = x.new_zeros(len(x))  # [B]
     for i in reversed(range(x.shape[1])):
         running = x[:, i] + factor[:, i] * running
@@ -1038,8 +1036,8 @@ def parse(argv):
     if cfg.reward:
         cfg.reward = os.path.abspath(cfg.reward)
         reward.own_reward(cfg.reward)  # it is there
-    if cfg.task in sft.PROGRAMS:
-        reward.check_sandbox(cfg.task, cfg.trust_programs)
+    if cfg.task == "apps" and not cfg.trust_programs and not reward.sandbox():
+        sft.fail("--task apps runs what a model wrote: apt install bubblewrap, or --trust_programs")
     rm = cfg.reward_model
     ours = (Path(rm) / reward.HEAD).is_file()
     if rm and not ours and not reward.is_classifier(rm):

@@ -86,14 +86,12 @@ class ScalarModel(nn.Module):
 
     def save_pretrained(self, folder, state_dict=None):
         """Write the trunk in Hugging Face format and the head beside it."""
-        trunk, head = {}, {}
+        parts = {"trunk": {}, "head": {}}
         for name, x in (state_dict or self.state_dict()).items():
-            if name.startswith("trunk."):
-                trunk[name.removeprefix("trunk.")] = x
-            else:
-                head[name.removeprefix("head.")] = x
-        self.trunk.save_pretrained(folder, state_dict=trunk)
-        save_file(head, Path(folder) / HEAD)
+            part, _, rest = name.partition(".")
+            parts[part][rest] = x
+        self.trunk.save_pretrained(folder, state_dict=parts["trunk"])
+        save_file(parts["head"], Path(folder) / HEAD)
 
     @classmethod
     def load(cls, folder):
@@ -152,9 +150,9 @@ def train(cfg):
     """The whole chapter: train, measure on held-out pairs, set the bias, save."""
     if cfg.task in sft.PROGRAMS:
         sft.fail(f"--task {cfg.task} needs no reward model: go on with ma_ppo.py")
+    cfg.sft = cfg.sft or str(Path("runs") / cfg.task / "sft")
     if Path(cfg.out).resolve() == Path(cfg.sft).resolve():
         sft.fail(f"--out {cfg.out} is the SFT model's folder, which would be lost")
-    cfg.sft = cfg.sft or str(Path("runs") / cfg.task / "sft")
     device = sft.setup(cfg.device)  # join the other ranks, if there are any
     rows = load_pairs(cfg, "rm")  # this chapter's share of the preference pairs
     test = load_pairs(cfg, "test")  # held out
@@ -467,11 +465,10 @@ def same_output(printed, expected):
     printed, expected = lines_of(printed), lines_of(expected)
     if sorted(map(sorted, printed)) == sorted(map(sorted, expected)):
         return True
-    if list(map(len, printed)) != list(map(len, expected)):
-        return False
     try:
-        return all(all(map(same_number, *pair)) for pair in zip(printed, expected, strict=True))
-    except (ValueError, ArithmeticError):  # a word that is no number
+        lines = zip(printed, expected, strict=True)
+        return all(same_number(*words) for line in lines for words in zip(*line, strict=True))
+    except (ValueError, ArithmeticError):  # other counts, or a word that is no number
         return False
 
 
@@ -520,12 +517,6 @@ def sandbox():
         print("programs run under limits only: apt install bubblewrap", file=sys.stderr)
         return []
     return command
-
-
-def check_sandbox(task, trust=False):
-    """Stop where a pretrained model's programs would run without a sandbox, and without `trust`."""
-    if task == "apps" and not trust and not sandbox():
-        sft.fail("--task apps runs what a model wrote: apt install bubblewrap, or --trust_programs")
 
 
 # The runner is a program of its own, and a text: to import this file, with PyTorch, takes seconds.
@@ -681,7 +672,7 @@ for line in jobs:
 # nearly all AutoModelForSequenceClassification with one label: the same trunk and head as ours
 # under other names, and read at the last token too.
 
-import importlib.util
+import runpy
 
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -692,18 +683,15 @@ def own_reward(name):
     path, _, function = name.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
         sft.fail(f"--reward must be FILE.py:NAME, got {name!r}")
-    spec = importlib.util.spec_from_file_location("own_reward", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["own_reward"] = module
     sys.path.append(os.path.dirname(os.path.abspath(path)))  # it may import its neighbours
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
+    own = runpy.run_path(path).get(function)
+    if not callable(own):
         sft.fail(f"--reward {name}: {path} has no function {function}")
 
     def scores_of(prompts, responses, examples):
         """One finite number a response, or one line that says what is wrong."""
         rows = [example.get("raw", example) for example in examples]
-        scores = getattr(module, function)(list(prompts), list(responses), rows)
+        scores = own(list(prompts), list(responses), rows)
         try:
             scores = torch.tensor([float(score) for score in scores]).tolist()
         except (TypeError, ValueError):  # it may have forgotten its return

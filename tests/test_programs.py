@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import ma_ppo
 import reward
 from reward import program_rewards
 
@@ -387,9 +388,9 @@ def test_without_a_sandbox_a_models_programs_are_refused_unless_they_are_trusted
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(reward, "sandbox", reward.sandbox.__wrapped__)
     with pytest.raises(SystemExit) as stop:
-        reward.check_sandbox("apps")
+        ma_ppo.parse(["--task", "apps"])
     warning, error = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and "limits only" in warning
     assert "apt install bubblewrap" in error and "--trust_programs" in error
-    reward.check_sandbox("apps", trust=True)
-    reward.check_sandbox("toy-code")
+    ma_ppo.parse(["--task", "apps", "--trust_programs"])
+    ma_ppo.parse(["--task", "toy-code"])

@@ -1,5 +1,6 @@
 """Chapter 3: terminations, pooling, tokens over text, a termination of your own, the viewer."""
 
+import random
 import re
 import subprocess
 import sys
@@ -230,39 +231,71 @@ def test_nothing_that_a_policy_may_sample_raises(text):
 
 WORDS = r"\w+|\."
 PHRASES = ["a new laptop", "last week", "because my old one had died", "my old one had died"]
-PHRASES += ["my old one", "had died", LAPTOP, *re.findall(WORDS, LAPTOP)]
+PHRASES += ["my old one", "had died", LAPTOP]
 
 
 @pytest.mark.parametrize(
     ("cutoff", "token", "marked"),
     [
         (5, WORDS, "I bought |a new laptop |last week because |my old one |had died."),
-        (1, WORDS, LAPTOP),  # opened to the last node; each word joins the one before it
+        (1, WORDS, LAPTOP),  # opened to the last word; each joins the one before it
         (5, r"\w", LAPTOP),  # letter by letter no phrase has fewer than 5 tokens
         (11, r"\w", "I bought |a new laptop |last week because |my old one |had died."),
     ],
 )
 def test_the_laptop_sentence_by_hand(cutoff, token, marked):
     """Single words join what is before them; phrases of fewer tokens than `cutoff` stay whole."""
-    tree = segment.span_tree([re.search(re.escape(part), LAPTOP).span() for part in PHRASES])
+    phrases = [re.search(re.escape(part), LAPTOP).span() for part in PHRASES]
     offsets = [match.span() for match in re.finditer(token, LAPTOP)]
-    found = segment.phrase_positions(tree, offsets, cutoff)
+    found = segment.phrase_positions(phrases, offsets, cutoff)
     assert split(LAPTOP, found) == marked.split("|")
 
 
-def test_spans_that_cross_are_dropped_and_their_words_stay_in_the_node_above():
-    """(3, 8) crosses (0, 5). Touching is not crossing."""
-    tree = segment.span_tree([(0, 8), (0, 5), (3, 8), (0, 2), (3, 5), (6, 8)])
-    assert tree == (0, 8, [(0, 5, [(0, 2, []), (3, 5, [])]), (6, 8, [])])
-    assert segment.span_tree([(0, 3), (0, 2), (2, 3)]) == (0, 3, [(0, 2, []), (2, 3, [])])
+def positions_by_a_tree(phrases, offsets, cutoff):
+    """The paper's walk: nodes of fewer tokens than `cutoff` are taken, larger ones opened."""
+
+    def visit(span):
+        touching = sum(begin < span[1] and end > span[0] for begin, end in offsets)
+        if touching < cutoff:
+            return [span[0]]
+        inside = [x for x in kept if x != span and span[0] <= x[0] and x[1] <= span[1]]
+        inside.sort(key=lambda x: (x[0] - x[1], x[0]))  # the largest first: a child, no grandchild
+        children = []
+        for x in inside:
+            if all(x[1] <= child[0] or child[1] <= x[0] for child in children):
+                children.append(x)
+        return [place for child in children for place in visit(child)]
+
+    kept = []
+    for start, end in sorted(set(phrases), key=lambda x: (x[0], -x[1])):
+        if not any(a < start < b < end for a, b in kept):  # it crosses none
+            kept.append((start, end))
+    return {kept[0][0], *visit(kept[0])}
+
+
+def test_phrases_are_cut_as_by_a_walk_through_their_tree_and_those_that_cross_are_left_out():
+    rng = random.Random(0)
+    for _ in range(2000):
+        length = rng.randint(3, 12)
+        phrases = [(0, length)]
+        for _ in range(rng.randint(0, 8)):
+            start = rng.randrange(length - 1)
+            phrases.append((start, rng.randint(start + 2, length)))
+        edges = [0, *sorted(rng.sample(range(1, length), rng.randint(0, length - 1))), length]
+        offsets = list(pairwise(edges))
+        cutoff = rng.randint(1, 6)
+        found = segment.phrase_positions(phrases, offsets, cutoff)
+        assert set(found) == positions_by_a_tree(phrases, offsets, cutoff)
+    letters = [(i, i + 1) for i in range(8)]
+    assert segment.phrase_positions([(0, 8), (0, 5), (3, 8)], letters, cutoff=6) == [0, 0]
 
 
 def test_every_sentence_of_a_parsed_text_begins_a_macro_action(monkeypatch):
     """A parser that finds sentences, and no phrase in them; the second is white space only."""
-    found = [("We saw it.", (0, 10, [])), ("  ", None), ("It ran.", (13, 20, []))]
-    sentences = [SimpleNamespace(text=text, tree=tree) for text, tree in found]
+    found = [("We saw it.", [(0, 10)]), ("  ", None), ("It ran.", [(13, 20)])]
+    sentences = [SimpleNamespace(text=text, phrases=phrases) for text, phrases in found]
     nlp = SimpleNamespace(pipe=lambda texts: [SimpleNamespace(sents=sentences)])
-    monkeypatch.setattr(segment, "dependency_tree", lambda sentence: sentence.tree)
+    monkeypatch.setattr(segment, "phrases_of", lambda sentence: sentence.phrases)
     monkeypatch.setattr(segment, "spacy_parser", lambda: nlp)
     assert cut("We saw it.   It ran.", "parsing") == (["We saw it.", "   It ran."], 0)
 
