@@ -39,7 +39,7 @@ def read_runs():
     runs = defaultdict(lambda: defaultdict(list))
     for row in read("study.csv"):
         task, arm, seed = row["task"], row["arm"], int(row["seed"])
-        if int(row["step"]) >= alone[task, arm]:
+        if int(row["step"]) >= alone.get((task, arm), 0):
             for column in COLUMNS:
                 runs[task, arm, seed][column].append(float(row[column] or "nan"))
     return runs

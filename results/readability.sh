@@ -56,3 +56,24 @@ for seed in "${@:3}"; do  # before and after, on prompts that were held out
     out=runs/study/readability/seed$seed
     python eval.py score --runs $out/{token,fixed,control} --sft --prompts 32 > $out/score.md
 done
+
+# The first five of these prompts, not chosen, and what seed 1's policies made of them.
+out=runs/study/readability/seed1
+python - $model $out/{token/token,fixed/fixed,control/control} > results/answers.md << 'END'
+import json
+import sys
+
+names = ["before", "token", "fixed", "control"]
+answers = {}  # {number of the prompt: [(name, row), ...]}
+for name, folder in zip(names, sys.argv[1:], strict=True):
+    for row in map(json.loads, open(f"{folder}/score/samples.jsonl")):
+        if row["number"] < 5 and row["drawn_with"][4] == 1:  # the seed
+            answers.setdefault(row["number"], []).append((name, row))
+print("# Five answers before and after\n")
+print("The first five held-out prompts; SmolLM2-135M-Instruct, and its policies of seed 1.")
+for number, found in sorted(answers.items()):
+    print(f"\n**{number + 1}. {found[0][1]['prompt'].strip()}**\n")
+    for name, row in found:
+        text = " ⏎ ".join(filter(None, map(str.strip, row["response"].split("\n"))))
+        print(f"- `{name}`, reward {row['rm_score']:.1f}, {row['kl']:.1f} nats: {text}")
+END
