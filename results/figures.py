@@ -98,7 +98,8 @@ def readability():
     panels = ["rm_score", "kl", "eos_rate", "explained_variance"]
     for ax, column in zip(axes, panels, strict=True):
         for arm in ("token", "fixed", "control"):
-            runs = [smooth(RUNS["readability", arm, seed][column]) for seed in (1, 2, 3)]
+            found = [x for x in RUNS if x[:2] == ("readability", arm)]
+            runs = [smooth(RUNS[x][column]) for x in found]
             for run in runs:
                 ax.plot(run, color=COLOURS[arm], lw=0.8, alpha=0.6)
             ax.plot(np.mean(runs, axis=0), color=COLOURS[arm], lw=2.5, label=arm)

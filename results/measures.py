@@ -146,7 +146,7 @@ def share_left(lead, rest, seeds):
         found.append(a - b)
     lead, rest = found
     possible = []
-    for share in np.linspace(-3, 5, 8001):
+    for share in np.linspace(-3, 5, 80001):
         d = rest - share * lead
         if abs(fmean(d)) <= STUDENT[len(d)] * stdev(d) / len(d) ** 0.5:
             possible.append(share)

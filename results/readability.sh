@@ -72,7 +72,8 @@ for name, folder in zip(names, sys.argv[1:], strict=True):
 print("# Five answers before and after\n")
 print("The first five held-out prompts; SmolLM2-135M-Instruct, and its policies of seed 1.")
 for number, found in sorted(answers.items()):
-    print(f"\n**{number + 1}. {found[0][1]['prompt'].strip()}**\n")
+    question = found[0][1]["prompt"].replace("Human:", "").replace("Assistant:", "")
+    print(f"\n**{number + 1}. {question.strip()}**\n")
     for name, row in found:
         text = " ⏎ ".join(filter(None, map(str.strip, row["response"].split("\n"))))
         print(f"- `{name}`, reward {row['rm_score']:.1f}, {row['kl']:.1f} nats: {text}")
