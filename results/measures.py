@@ -106,6 +106,7 @@ MEASURES = {
     "ref_surprise end": mean("ref_surprise", -5),
     "length end": mean("length", -5),
     "explained variance": mean("explained_variance"),
+    "explained variance end": mean("explained_variance", -5),
     "shortest": lambda run, token: min(smooth(run["length"])),
     **{f"steps to {share} %": steps(share / 100) for share in (50, 80, 90)},
     **{f"gold at {nats} nats": at_kl("gold_score", nats) for nats in (6, 8, 10)},
