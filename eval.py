@@ -643,7 +643,8 @@ def winner(answer, order):
 
 def ask_human(question, args):
     """A person's answer, in the words of a language model."""
-    print("\n" + question)
+    # Control characters in a response must not reach the terminal.
+    print("\n" + "".join(c for c in question if c.isprintable() or c == "\n"))
     typed = ""
     while typed not in ("1", "2", "tie"):
         typed = input("1, 2 or tie: ").strip()

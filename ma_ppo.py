@@ -1053,7 +1053,7 @@ def check_arms(cfg):
         wrong[f"--{name} must be positive"] = not 0 < getattr(cfg, name) < math.inf
     for name in ("gamma", "lam", "critic_lam"):
         wrong[f"--{name} must be from 0 to 1"] = not 0 <= (getattr(cfg, name) or 0) <= 1
-    for name in ("beta", "top_k", "sample_batch_size", "value_clip"):
+    for name in ("beta", "top_k", "sample_batch_size", "value_clip", "critic_steps"):
         wrong[f"--{name} must be 0 or more"] = not (getattr(cfg, name) or 0) >= 0
     known = [*segment.TERMINATIONS, "control", "rloo"]
     different = set(cfg.arms)
@@ -1066,6 +1066,7 @@ def check_arms(cfg):
         "--gamma must be 1 for control": "control" in cfg.arms and cfg.gamma != 1,
         "--rloo_k must be at least 2": rloo and k < 2,
         "--rloo_k must divide --batch_size": rloo and cfg.batch_size % max(1, k),
+        "--critic_epochs must be positive": cfg.critic_epochs is not None and cfg.critic_epochs < 1,
         "--critic_steps: rloo has no critic": rloo and cfg.critic_steps,
         "--critic_steps must be below --steps": cfg.critic_steps >= steps,
         "--no_eos_score must be a number or none": not number,

@@ -1250,6 +1250,8 @@ def apps_row(raw):
 def check_tests(tests):
     """ValueError unless unit tests are in APPS' form {fn_name, inputs, outputs}."""
     inputs, outputs = get(tests, "inputs", list), get(tests, "outputs", list)
+    if tests.get("fn_name"):
+        get(tests, "fn_name")
     if len(inputs) != len(outputs):
         raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs are no unit tests")
     kind = list if tests.get("fn_name") else str  # arguments, or what is read and printed

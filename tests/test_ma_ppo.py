@@ -757,7 +757,7 @@ WRONG = """--clip 0, --temperature 0, --critic_lr inf, --ngram 0, --ppo_epochs 0
     --steps 0, --batch_size 0, --nonsense 1, --no_eos_score nan, --no_eos_score -none,
     --reward nowhere.py:f, --reward ma_ppo.py, --reward ma_ppo.py:nothing, --reward reward.py:F.x,
     --reward reward.py:fail --reward_model x, --beta -1, --beta nan, --value_clip -1, --top_k -1,
-    --sample_batch_size -1"""
+    --sample_batch_size -1, --critic_epochs 0, --critic_steps -1"""
 
 
 @pytest.mark.parametrize("flags", [words.strip() for words in WRONG.split(",")])
