@@ -42,7 +42,6 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from tqdm import tqdm
 
 import ma_ppo
@@ -83,20 +82,13 @@ def smooth(values, width=SMOOTHING):
     >>> smooth([0, 0, 0, 10, 10])
     [0.0, 0.0, 0.0, 2.5, 4.0]
     """
-    means = []
-    for i in range(len(values)):
-        # Not a centred mean: that would know the future, and let a run arrive before it has.
-        first = max(0, i + 1 - width)
-        means.append(fmean(values[first : i + 1]))
-    return means
+    # Not a centred mean: that would know the future, and let a run arrive before it has.
+    return [fmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
 
 
 def first_step(values, target):
     """The first step at which the values are at `target` or above; None if they never are."""
-    for step, value in enumerate(values):
-        if value >= target:
-            return step
-    return None
+    return next((step for step, value in enumerate(values) if value >= target), None)
 
 
 def parity(baseline, values, share):
@@ -399,8 +391,6 @@ def samples_of(folder, cfg, temperature, count, args):
     if cfg.reward:
         stamp.append(os.stat(cfg.reward.rpartition(":")[0]).st_mtime)
     for part in filter(None, [model.resolve(), cfg.sft, cfg.reward_model]):  # maybe without RM
-        if os.path.isabs(part) and not Path(part).is_dir():  # others are on the hub
-            fail(f"{part}: no such folder")
         stamp += [file.stat().st_mtime for file in sorted(Path(part).glob("*.safetensors"))]
     kept = {}
     for row in sft.gather(read_rows(path) if sft.rank() == 0 else []):
@@ -410,8 +400,8 @@ def samples_of(folder, cfg, temperature, count, args):
     wanted = {}
     for number, row in enumerate(list(held_out.values())[: args.prompts]):
         for sample in range(count):
-            job = row | {"number": number, "sample": sample, "text": row["prompt"]}
-            wanted[temperature, row["prompt"], sample] = job
+            key = temperature, row["prompt"], sample
+            wanted[key] = row | {"number": number, "sample": sample, "text": row["prompt"]}
     jobs = [job for key, job in wanted.items() if key not in kept]
     if jobs:
         drawn = draw(jobs, temperature, model, cfg, device)
@@ -472,23 +462,21 @@ def distinct(text):
     return len(set(trigrams)) / len(trigrams) if trigrams else None
 
 
-HELD_OUT = ["rm_score", "gold_score", "passed", "kl", "length", "ended", "distinct"]
-
-
 def score(args):
     """The policies on held-out prompts: means with 95 % intervals (bootstrap over prompts).
 
     Shares: `passed`, of programs that pass all of their tests; `ended`, of responses that were not
     cut; `distinct`, of the different ones among a text's word trigrams.
     """
+    columns = ["rm_score", "gold_score", "passed", "kl", "length", "ended", "distinct"]
     lines = []
     for name, temperature, groups in sampled(args, args.samples):
         cells = []
-        for key in HELD_OUT:
+        for key in columns:
             known = [[row[key] for row in group if row[key] is not None] for group in groups]
             cells.append(interval([fmean(values) for values in known if values]))
         lines.append([name, temperature, sum(map(len, groups)), *cells])
-    return table(["policy", "temperature", "samples", *HELD_OUT], lines)
+    return table(["policy", "temperature", "samples", *columns], lines)
 
 
 def bestofn(args):
@@ -632,9 +620,6 @@ def winner(answer, order):
     """The verdict in an answer to a question that showed the responses in this order.
 
     A judge may think aloud first: the last "winner" counts.
-
-    >>> winner('{"winner": "1"} at first sight, but 2 is right. {"winner": "2"}', "ab")
-    'b'
     """
     named = re.findall(r'"winner"\s*:\s*"?(\w+)', answer)
     names = {"1": order[0], "2": order[1], "tie": "tie"}
@@ -701,7 +686,7 @@ def credit(args):
     models, _, tokenizer = ma_ppo.load_models("fixed", cfg, device)
     if args.trained:
         models["policy"], _ = sft.load_causal_lm(run / "model")
-        models["critic"] = reward.ScalarModel.load(run / "critic")
+        models["critic"] = reward.ScalarModel.load(run / "critic", tokenizer)
         for name in ("policy", "critic"):
             sft.prepare(models[name], cfg, device)
     prompts = ma_ppo.load_prompts(tokenizer, cfg)
@@ -715,7 +700,7 @@ def credit(args):
     for arm in ("token", "control", "whole", "fixed"):
         starts, _ = ma_ppo.cut(arm, rollout, judged.ref_logprobs, tokenizer, cfg)
         seg = segment.segment_ids(starts, mask)  # [B, T]
-        guesses = ma_ppo.estimate(arm, rewards, judged.values, seg, mask, cfg.lam, cfg)
+        guesses = ma_ppo.assign_credit(arm, rewards, judged.values, seg, mask, cfg)
         seg, advantages, targets = (x.cpu() for x in (seg, *guesses))
         sums = moments(advantages.double(), A, mask.cpu())  # [B, 6]
         rows.append([arm, interval(sums, correlation)])
@@ -816,15 +801,13 @@ def horizon(args):
 
 def actions_of(cfg, rows):
     """The actions of a run -> (what they are, how many tokens they have, λ per action)."""
-    if cfg.arm == "token":
-        return "n = 1", 1, cfg.lam
-    if cfg.arm == "control":
-        return "n = 1", 1, cfg.lam ** (1 / cfg.ngram)
-    if cfg.arm == "fixed":
-        return f"n = {cfg.ngram}", cfg.ngram, cfg.lam
     if cfg.arm == "rloo":  # every token is credited with the whole return
         return "rloo", 1, 1.0
-    return cfg.arm, area(rows, "macro_length"), cfg.lam
+    if cfg.arm not in ("token", "control", "fixed"):
+        return cfg.arm, area(rows, "macro_length"), cfg.lam
+    n = cfg.ngram if cfg.arm == "fixed" else 1
+    lam = cfg.lam ** (1 / cfg.ngram) if cfg.arm == "control" else cfg.lam
+    return f"n = {n}", n, lam
 
 
 # Appendix E. The report
@@ -935,17 +918,15 @@ def interval(values, statistic=np.mean):
 
 ARM_COLORS = {"token": "#0072B2", "fixed": "#D55E00", "control": "#009E73"}
 PANELS = ["rm_score", "gold_score", "pass_rate", "response_length"]
-TINTS = matplotlib.colormaps["RdBu"]
 WIDTH = 100  # characters in a line of text
 FONT = {"family": "monospace", "fontsize": 9.5, "va": "center", "parse_math": False}
 
 
 def save(figure, png):
-    """Write a picture, and its folder if need be; 256 colours take a third of the space."""
+    """Write a picture, and its folder if need be."""
     if sft.rank() == 0:
         Path(png).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(png, dpi=110, format="png")
-        Image.open(png).convert("RGB").quantize(256).save(png, format="png")
 
 
 def draw_curves(arms, png):
@@ -992,7 +973,7 @@ def draw_text(ax, cells, seg, advantages, limit):
     begun = -1
     for token, line, left, text in cells:
         strength = advantages[token] / (limit or 1.0)  # -1 to 1
-        tint = TINTS((strength + 1) / 2)
+        tint = matplotlib.colormaps["RdBu"]((strength + 1) / 2)
         ax.barh(line + 0.5, len(text), 0.84, left, color=tint, lw=0)
         ink = "white" if abs(strength) > 0.75 else "black"
         ax.text(left, line + 0.52, text, color=ink, **FONT)

@@ -165,22 +165,17 @@ def load_models(arm, cfg, device):
     gc.collect()  # a GPU may still hold the arm or stage before
     length = cfg.max_prompt + cfg.max_response
     policy, tokenizer = sft.load_causal_lm(cfg.sft, length)
-    reference = copy.deepcopy(policy).requires_grad_(False)
-    models = {"policy": policy, "reference": reference}
+    models = {"policy": policy, "reference": copy.deepcopy(policy).requires_grad_(False)}
+    if has_rm(cfg):
+        reward.check_vocabulary(cfg.reward_model, tokenizer)
+        critic = reward.ScalarModel.load(cfg.reward_model, tokenizer)
+        models["reward"] = copy.deepcopy(critic).requires_grad_(False)
+    if not has_rm(cfg) or cfg.critic_start == "sft":
+        critic, _ = reward.start_model(cfg)
+    if arm != "rloo":
+        models["critic"] = critic
     for model in models.values():
         sft.prepare(model, cfg, device)
-    others = {}
-    if has_rm(cfg):
-        critic = reward.ScalarModel.load(cfg.reward_model)
-        reward.check_vocabulary(critic, cfg.reward_model, tokenizer)
-        others["reward"] = copy.deepcopy(critic).requires_grad_(False)
-    if not has_rm(cfg) or cfg.critic_start == "sft":
-        critic = reward.start_model(cfg)[0]
-    if arm != "rloo":
-        others["critic"] = critic
-    for model in others.values():
-        sft.prepare(model, cfg, device)
-    models |= others
     learning = [name for name in ("policy", "critic") if name in models]
     optimizers = {name: sft.make_optimizer(models[name]) for name in learning}
     return models, optimizers, tokenizer
@@ -251,7 +246,6 @@ def train(arm, out, cfg, device):
     sft.save_models([policy, tokenizer], out / "model")
     if "critic" in models:  # it can be a --reward_model
         sft.save_models([models["critic"], tokenizer], out / "critic")
-    # From here on the folder is complete.
     run = {"config": asdict(cfg), "result": {"arm": arm}}
     sft.write_json(out / "run.json", run)
 
@@ -484,14 +478,9 @@ def cut(arm, rollout, ref_logprobs, tokenizer, cfg):
     `control` and `rloo` are no terminations: their actions are single tokens. ref_logprobs: [B, T].
     Returns (starts BoolTensor [B, T], share of sentences or programs that could not be parsed).
     """
-    responses = segment.Responses(
-        mask=rollout.batch.mask,
-        tokens=rollout.tokens,
-        tokenizer=tokenizer,
-        ref_logprobs=ref_logprobs,
-        seeds=[np.random.SeedSequence(seed).generate_state(1)[0] for seed in rollout.seeds],
-        ngram=cfg.ngram,
-    )
+    responses = segment.Responses(rollout.batch.mask, rollout.tokens, tokenizer, ngram=cfg.ngram)
+    responses.ref_logprobs = ref_logprobs
+    responses.seeds = [np.random.SeedSequence(x).generate_state(1)[0] for x in rollout.seeds]
     termination = "token" if arm in ("control", "rloo") else arm
     return segment.macro_starts(termination, responses)
 
@@ -597,27 +586,23 @@ def discounted_sum(x, factor):
 
 
 def assign_credit(arm, rewards, values, seg, mask, cfg):
-    """Advantages, and targets of the critic, for the actions of an arm.  All [B, T].
+    """Advantages and the critic's targets by the one of the three that the arm uses.  All [B, T].
 
     The targets stay in units of reward. The critic may be taught with a lambda of its own.
     """
-    data = arm, rewards, values, seg, mask
-    advantages, targets = estimate(*data, cfg.lam, cfg)
-    if cfg.critic_lam is not None:
-        _, targets = estimate(*data, cfg.critic_lam, cfg)
-    return advantages, targets
-
-
-def estimate(arm, rewards, values, seg, mask, lam, cfg):
-    """Advantages and targets by the one of the three that the arm uses.  All [B, T]."""
-    data, gamma = (rewards, values, mask), cfg.gamma
+    data, gamma, lam = (rewards, values, mask), cfg.gamma, cfg.lam
     if arm == "control":  # as far a horizon as that of n tokens an action
         lam = lam ** (1 / cfg.ngram)
     if arm in ("token", "control"):
-        return token_gae(*data, gamma, lam)
-    if cfg.sigma == "own":
-        return own_gae(*data, seg, gamma, lam)
-    return macro_gae(*data, seg, gamma, lam, cfg.sigma, cfg.macro_reward)
+        advantages, targets = token_gae(*data, gamma, lam)
+    elif cfg.sigma == "own":
+        advantages, targets = own_gae(*data, seg, gamma, lam)
+    else:
+        advantages, targets = macro_gae(*data, seg, gamma, lam, cfg.sigma, cfg.macro_reward)
+    if cfg.critic_lam is not None:
+        taught = replace(cfg, lam=cfg.critic_lam, critic_lam=None)
+        _, targets = assign_credit(arm, rewards, values, seg, mask, taught)
+    return advantages, targets
 
 
 def rloo_advantages(scores, log_ratios, mask, cfg):
@@ -798,10 +783,7 @@ import sys
 
 
 def load_prompts(tokenizer, cfg):
-    """The PPO share's prompts, once each: rows with {number, text, prompt (token list)}.
-
-    A toy prompt has its post's {facts} as well, a program's its unit tests {problem}.
-    """
+    """The PPO share's prompts, once each: their rows, with {number, text, prompt (token list)}."""
     fields = ["problem"] if cfg.task in sft.PROGRAMS else []
     rows = {}
     for row in sft.load_share(cfg, "ppo", *fields):
@@ -857,11 +839,8 @@ def check_no_eos_score(rollout, scores, tokenizer, cfg):
 
 
 # Settings that a stage takes over; and those in which a finished stage must agree with this run.
-SHARED = (
-    *("seed", "split", "chat_template", "max_prompt", "max_response"),
-    *("device", "precision", "gradient_checkpointing", "compile", "shard"),
-    *("resume", "keep"),
-)
+SHARED = ("seed", "split", "chat_template", "max_prompt", "max_response", "resume", "keep")
+SHARED += ("device", "precision", "gradient_checkpointing", "compile", "shard")
 SHAPING = ("task", "data", "split", "chat_template", "max_prompt", "max_response")
 
 
@@ -876,21 +855,19 @@ def build_missing_stages(cfg):
 
 
 def run_stage(chapter, out, cfg, *flags):
-    """Run a chapter for the folder `out`, unless its finished run is there already."""
+    """Run a chapter for the folder `out`, unless its finished run is there already.
+
+    One that was made for other rows, or other tokens, is refused.
+    """
     flags = ["--task", cfg.task, "--out", out, "--model", cfg.model, *flags]
     if cfg.data:
         flags += ["--data", *cfg.data]
     stage = sft.parse(chapter.Config, chapter.__name__, flags)
     stage = replace(stage, **{name: getattr(cfg, name) for name in SHARED})
-    if (Path(out) / "run.json").exists():
-        check_stage(out, stage)
-    else:
+    if not (Path(out) / "run.json").exists():
         print0(f"making {out} with {chapter.__name__}.py")
         chapter.train(stage)
-
-
-def check_stage(out, stage):
-    """Refuse a finished stage that was made for other rows, or other tokens; say what it is."""
+        return
     made = json.loads((Path(out) / "run.json").read_text())["config"]
     for name in SHAPING:
         old, new = made.get(name), getattr(stage, name)
@@ -904,8 +881,7 @@ def check_stage(out, stage):
 def draw_curves(folders, cfg):
     """Hand the finished runs on to chapter 5, as a command: nothing here may import it."""
     if sft.rank() == 0:
-        picture = f"{cfg.out}/curves.png"
-        flags = ["curves", "--runs", *map(str, folders), "--png", picture]
+        flags = ["curves", "--runs", *map(str, folders), "--png", f"{cfg.out}/curves.png"]
         print0(f"drawing: python eval.py {shlex.join(flags)}")
         script = Path(__file__).with_name("eval.py")
         alone = {name: x for name, x in os.environ.items() if name != "RANK"}
@@ -938,8 +914,6 @@ def draw_curves(folders, cfg):
 
 import time
 
-PHASES = ("sample", "judge", "credit", "update")
-
 
 def tick(device):
     """The time in seconds; a GPU's work is waited for."""
@@ -954,7 +928,8 @@ def speeds(batch, clock, cfg):
     tokens = {"judge": read, "update": read * cfg.ppo_epochs}
     tokens["sample"] = float(sft.all_sum(batch.mask.sum().cpu()))
     found = {"seconds": clock[-1] - clock[0]}
-    for name, duration in zip(PHASES, np.diff(clock).tolist(), strict=True):
+    phases = ("sample", "judge", "credit", "update")
+    for name, duration in zip(phases, np.diff(clock).tolist(), strict=True):
         found[f"seconds_{name}"] = duration
         if name in tokens:
             found[f"tokens_per_second_{name}"] = tokens[name] / duration
@@ -990,10 +965,7 @@ def summary(rollout, judged, scored, seg, fallback, tokenizer):
 
 
 def ratio_metrics(ratios_seen, cfg):
-    """The share of ratios outside the clip; of those before any update, the one farthest from 1.
-
-    ratios_seen: a tensor for each micro-batch of each update.
-    """
+    """The share of ratios outside the clip; of those before any update, the one farthest from 1."""
     if not ratios_seen:  # only the critic has learned
         return {"clip_fraction": None, "ratio_first": None}
     every = torch.cat(ratios_seen)  # [number of ratios]
@@ -1058,7 +1030,6 @@ def check_arms(cfg):
     known = [*segment.TERMINATIONS, "control", "rloo"]
     different = set(cfg.arms)
     rloo, k = "rloo" in cfg.arms, cfg.rloo_k
-    steps = math.inf if cfg.epochs else cfg.steps
     number = re.fullmatch(r"none|-?\d+\.?\d*", str(cfg.no_eos_score))
     wrong |= {
         f"--arms must be among {', '.join(known)}": different - {*known},
@@ -1068,7 +1039,7 @@ def check_arms(cfg):
         "--rloo_k must divide --batch_size": rloo and cfg.batch_size % max(1, k),
         "--critic_epochs must be positive": cfg.critic_epochs is not None and cfg.critic_epochs < 1,
         "--critic_steps: rloo has no critic": rloo and cfg.critic_steps,
-        "--critic_steps must be below --steps": cfg.critic_steps >= steps,
+        "--critic_steps must be below --steps": not cfg.epochs and cfg.critic_steps >= cfg.steps,
         "--no_eos_score must be a number or none": not number,
         "--reward_model: scores come from elsewhere": cfg.reward_model and not has_rm(cfg),
     }

@@ -37,7 +37,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import AutoModel
 
 import sft
@@ -94,14 +93,11 @@ class ScalarModel(nn.Module):
         save_file(parts["head"], Path(folder) / HEAD)
 
     @classmethod
-    def load(cls, folder):
-        """The model that `save_pretrained` wrote; of a causal LM its trunk, under a fresh head.
-
-        Reward models that others have published are of another form: Appendix C.
-        """
-        if is_classifier(folder):
-            return from_classifier(folder)
-        model = cls(sft.load_model(AutoModel, folder))
+    def load(cls, folder, tokenizer):
+        """The model that `save_pretrained` wrote; of a causal LM its trunk, under a fresh head."""
+        if is_classifier(folder):  # as others publish their reward models: Appendix C
+            return from_classifier(folder, tokenizer)
+        model = cls(sft.load_model(AutoModel, folder, tokenizer))
         head = Path(folder) / HEAD
         if head.exists():
             model.head.load_state_dict(load_file(head))
@@ -184,9 +180,8 @@ def train(cfg):
 
     result = evaluate(model, test, tokenizer, cfg)
     demonstrations = sft.load_share(cfg, "rm", "response")[:512]
-    result["bias"] = center(model, demonstrations, tokenizer, cfg)
+    center(model, demonstrations, tokenizer, cfg)
     sft.save_models([model, tokenizer], out)
-    # From here on the folder is complete.
     sft.write_json(out / "run.json", {"config": asdict(cfg), "result": result})
 
 
@@ -199,17 +194,9 @@ def load_pairs(cfg, share):
 
 def start_model(cfg):
     """The SFT trunk under a fresh scalar head, and the SFT tokenizer."""
-    torch.manual_seed(cfg.seed)  # the head's
-    model = ScalarModel.load(cfg.sft)
     tokenizer = sft.load_tokenizer(cfg.sft)
-    make_room(model, tokenizer)  # for a PAD that it may just have been given
-    return model, tokenizer
-
-
-def make_room(model, tokenizer):
-    """Give a model an embedding for each of the tokenizer's tokens."""
-    if len(tokenizer) > model.trunk.get_input_embeddings().num_embeddings:
-        model.trunk.resize_token_embeddings(len(tokenizer))
+    torch.manual_seed(cfg.seed)  # the head's
+    return ScalarModel.load(cfg.sft, tokenizer), tokenizer
 
 
 @torch.no_grad()
@@ -262,15 +249,13 @@ def accuracy(right, labels):
 
 
 def center(model, rows, tokenizer, cfg):
-    """Shift the head's bias so that the demonstrations in `rows` score 0 on average -> the bias."""
+    """Shift the head's bias so that the demonstrations in `rows` score 0 on average."""
     examples = sft.encode(sft.usable_rows(rows, tokenizer, cfg), tokenizer, cfg)
     scores = score_all(model, examples, tokenizer.pad_token_id, cfg.micro_batch_size)
     if isinstance(model, FSDPModule):
         model.reshard()  # or the change would be made to a copy that is put together, and lost
     with torch.no_grad():
         model.head.bias -= sum(scores) / len(scores)
-    bias = model.head.bias.detach()
-    return float(bias.full_tensor() if isinstance(bias, DTensor) else bias)
 
 
 # Appendix A. The toy's true quality, and its noisy judge.
@@ -292,12 +277,9 @@ def gold_score(facts, response):
     facts: {slot: value} of the post. A sentence is `broken` if it is none of the toy's sentences
     or lacks its full stop, and `repeated` if its fact has been stated before, rightly or wrongly.
 
-    >>> facts = {"weather": "foggy", "month": "july"}
-    >>> weather = " the weather was mostly foggy for us."
-    >>> gold_score(facts, weather + " it was the middle of may back then.")
+    >>> summary = " the weather was mostly foggy for us. it was the middle of may back then."
+    >>> gold_score({"weather": "foggy", "month": "july"}, summary)
     0.75
-    >>> gold_score(facts, weather + weather + " it")
-    -0.25
     """
     *sentences, rest = response.split(".")
     score = TOY_GOLD["broken"] if rest.strip() else 0.0
@@ -711,9 +693,9 @@ def is_classifier(folder):
     return any("ForSequenceClassification" in name for name in config.architectures or ())
 
 
-def from_classifier(folder):
+def from_classifier(folder, tokenizer):
     """The `ScalarModel` that is equal to a sequence classifier with one label."""
-    classifier = sft.load_model(AutoModelForSequenceClassification, folder)
+    classifier = sft.load_model(AutoModelForSequenceClassification, folder, tokenizer)
     score = getattr(classifier, "score", None)
     if not isinstance(score, nn.Linear) or score.out_features != 1:
         sft.fail(f"{folder}: a reward model is a decoder with one label, read at its last token")
@@ -723,13 +705,12 @@ def from_classifier(folder):
     return model
 
 
-def check_vocabulary(model, folder, tokenizer):
+def check_vocabulary(folder, tokenizer):
     """Refuse an RM that reads other ids than the policy's `tokenizer`; PAD alone may be new."""
     theirs = sft.load_or_fail(AutoTokenizer.from_pretrained, folder).get_vocab()
     for token, number in tokenizer.get_vocab().items():
         if theirs.get(token) != number and number != tokenizer.pad_token_id:
             sft.fail(f"--reward_model {folder} reads another vocabulary: {token!r} is not {number}")
-    make_room(model, tokenizer)
 
 
 # Appendix D. How sure a share is.
@@ -754,11 +735,7 @@ def effective_count(right, share):
 def wilson_interval(wins, count):
     """The 95 % interval of a share, of which `wins` of `count` were seen (Wilson, 1927).
 
-    Unlike share +- 2 standard errors it stays within 0 and 1, and has a width at 0 of 10.
-
-    >>> low, high = wilson_interval(0, 10)
-    >>> f"{low:.3f} to {high:.3f}"
-    '0.000 to 0.278'
+    Unlike share +- 2 standard errors it stays within 0 and 1, and for 0 of 10 it ends at 0.278.
     """
     z = 1.959964  # standard errors that hold 95 % of a normal distribution
     share = wins / count

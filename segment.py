@@ -272,9 +272,7 @@ def token_offsets(tokenizer, ids, trim=True):
 
 
 def starts_at(positions, responses):
-    """The tokens that wrote the characters at `positions`.
-
-    positions: B lists of ints, any order. Returns BoolTensor [B, T].
+    """The tokens that wrote the characters at `positions`, B lists of ints.  -> BoolTensor [B, T]
 
     >>> the_cat = Responses(torch.ones(1, 3), aligned=[("The cat.", [(0, 3), (3, 7), (7, 8)])])
     >>> starts_at([[0, 4]], the_cat)  # token " cat" holds character 4
@@ -314,9 +312,6 @@ def statement_positions(text):
 
     Comments and blank lines belong to the statement that follows, decorators to what they decorate.
     Returns (list of ints, is it Python?).
-
-    >>> statement_positions("for i in x: # twice" + chr(10) + "    f(i," + chr(10) + "    i)")
-    ([0, 24], True)
     """
     # A first space is no indentation: a response often begins with one. A lone CR ends a line.
     code = re.sub(r"\r(?!\n)", "\n", text.lstrip())

@@ -267,20 +267,14 @@ def broadcast_parameters(model):
 
 
 def sum_gradients(model):
-    """Add up every gradient over all ranks, so that all of them will make the same update.
-
-    All sums are started before the first is waited for: they travel while others are prepared.
-    """
+    """Add up every gradient over all ranks, so that all of them will make the same update."""
     if world() == 1 or isinstance(model, FSDPModule):
         return  # a model that is split among the ranks (--shard) has summed its own, backwards
-    under_way = []
     for p in model.parameters():
         if p.requires_grad:
             if p.grad is None:  # not used by this rank's rows, but maybe by another's
                 p.grad = torch.zeros_like(p)
-            under_way.append(dist.all_reduce(p.grad, async_op=True))
-    for work in under_way:
-        work.wait()
+            dist.all_reduce(p.grad)
 
 
 def micro_slices(count, size):
@@ -295,9 +289,6 @@ def micro_losses(model, examples, tokenizer, token_count, cfg):
         responses = [example["response"] for example in examples[part]]
         batch = make_batch(prompts, responses, tokenizer.pad_token_id, model.device)
         yield sft_loss(model, batch, token_count)
-
-
-MAX_SKIPPED = 5  # updates in a row that are not finite
 
 
 def update(model, optimizer, losses, lr, max_norm=1.0):
@@ -324,21 +315,19 @@ def update(model, optimizer, losses, lr, max_norm=1.0):
         optimizer.step()
     optimizer.zero_grad()  # frees the gradients: the next rollout can use their memory
     optimizer.skipped = 0 if finite else optimizer.skipped + 1
-    if optimizer.skipped == MAX_SKIPPED:
-        fail(f"{MAX_SKIPPED} updates in a row were not finite: lower --lr (or --critic_lr)")
+    if optimizer.skipped == 5:
+        fail("5 updates in a row were not finite: lower --lr (or --critic_lr)")
     return total if finite else math.nan
 
 
 def make_optimizer(model):
     """AdamW without weight decay. eps 1e-5, not 1e-8: PPO's gradients can be tiny, and Adam
     divides by their size, so that noise would be blown up to full steps."""
-    parameters = list(model.parameters())
-    fused = parameters[0].is_cuda  # one pass over memory, no temporaries
-    optimizer = torch.optim.AdamW(
-        parameters, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=fused
-    )
-    optimizer.skipped = 0  # updates in a row that were not finite
-    return optimizer
+    weights = list(model.parameters())
+    fused = weights[0].is_cuda  # one pass over memory, no temporaries
+    adam = torch.optim.AdamW(weights, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=fused)
+    adam.skipped = 0  # updates in a row that were not finite
+    return adam
 
 
 def cosine_lr(step, steps, peak, warmup):
@@ -722,6 +711,8 @@ transformers.logging.disable_progress_bar()
 
 def load_or_fail(from_pretrained, path, **options):
     """Call a `from_pretrained`; a failure becomes one line that names the path."""
+    if Path(path, "adapter_config.json").exists():
+        fail(f"{path} holds a LoRA adapter: save what peft's merge_and_unload makes of it first")
     no_hub_name = str(path).count("/") != 1 or Path(path).parent.is_dir()
     if "/" in str(path) and no_hub_name and not Path(path).exists():
         fail(f"cannot load {path}: no such folder")
@@ -732,10 +723,8 @@ def load_or_fail(from_pretrained, path, **options):
         fail(f"cannot load {path}: {reason or type(error).__name__}")
 
 
-def load_model(auto_class, path):
-    """The transformer at `path`, folder or hub name, in float32; auto_class: an AutoModel...."""
-    if Path(path, "adapter_config.json").exists():
-        fail(f"{path} holds a LoRA adapter: save what peft's merge_and_unload makes of it first")
+def load_model(auto_class, path, tokenizer):
+    """The transformer at `path`, folder or hub name, in float32, with a row for every token."""
     stored = load_or_fail(transformers.AutoConfig.from_pretrained, path).dtype
     if stored not in (None, torch.float32):
         print0(f"{path}: {stored}; it learns, and is saved, in float32: small updates would vanish")
@@ -743,6 +732,9 @@ def load_model(auto_class, path):
     model, report = load_or_fail(auto_class.from_pretrained, path, **options)
     for missing in sorted(report["missing_keys"]):
         fail(f"{path} holds no {auto_class.__name__.removeprefix('AutoModelFor')}: no {missing}")
+    count = max(tokenizer.get_vocab().values()) + 1
+    if count > model.get_input_embeddings().num_embeddings:  # a PAD that it has just been given
+        model.resize_token_embeddings(count)
     return model.eval()
 
 
@@ -751,14 +743,12 @@ def load_causal_lm(path, length=0):
 
     `unused_ids` must not be sampled: embeddings without a token, as Qwen has them, and a new PAD.
     """
-    model = load_model(transformers.AutoModelForCausalLM, path)
     tokenizer = load_tokenizer(path)  # Appendix D
+    model = load_model(transformers.AutoModelForCausalLM, path, tokenizer)
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if length > window:
         fail(f"--max_prompt and --max_response add up to {length}; {path} has {window} positions")
     tokens = set(tokenizer.get_vocab().values())
-    if max(tokens) >= model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(max(tokens) + 1)
     if tokenizer.pad_token == OWN_PAD:
         tokens.discard(tokenizer.pad_token_id)
     count = model.get_input_embeddings().num_embeddings
@@ -1047,6 +1037,7 @@ from collections import Counter, namedtuple
 SPLIT_SEED = 1234  # the paper's; fixed, so that stages run with different --seed never share rows
 TEST_SHARE = 0.1
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
+PLAIN = ("chosen", "rejected", "messages", "completion", "response")  # fields of answers
 HUB = {  # plain files, or Parquet copies that the hub makes
     "tldr": "openai/summarize_from_feedback@refs/convert/parquet/comparisons/train/*.parquet",
     "hh": "Dahoas/full-hh-rlhf/data/train-*.parquet",
@@ -1261,9 +1252,6 @@ def check_tests(tests):
             raise ValueError("unit tests must have lists of arguments, or texts to read and print")
 
 
-PLAIN = ("chosen", "rejected", "messages", "completion", "response")  # fields of answers
-
-
 def plain_row(raw):
     """Your own: {prompt, response} (or completion), {prompt, chosen, rejected}, or {prompt}; texts,
     which stay as they are, or lists of turns {role, content}. Or {messages: turns}. The last turn,
@@ -1311,7 +1299,6 @@ def turns_of(raw, name):
 
 TOY_ROWS = 30_000  # posts
 TOY_LONGEST = 14  # sentences of a summary, so that it fits into max_response
-
 
 # One kind of fact: its six values, the wording of summaries, two wordings of posts.
 Fact = namedtuple("Fact", "values summary posts")
@@ -1425,7 +1412,6 @@ CODE_TESTS = 3  # unit tests of each problem
 # How often each kind of mistake is made: no return; a number, step or list for another; two steps
 # swapped; one step, or a bracket, left out. The first two are habits, which PPO breaks first.
 CODE_MISTAKES = {"return": 4, "number": 8, "step": 2, "order": 2, "gap": 1, "list": 1, "bracket": 1}
-
 
 # One step of a program: its words and its line, with {} for a number k; what it makes of a list x
 # and k; and the step that a wrong demonstration has in its place.

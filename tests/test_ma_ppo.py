@@ -174,9 +174,8 @@ def test_without_pooling_lambda_counts_where_a_macro_action_begins(
     pairs += [(ma_ppo.own_gae(rewards, values, mask, whole, gamma, lam), 1.0)]
     for found, equal_lam in pairs:
         assert all(map(torch.equal, found, token_gae(rewards, values, mask, gamma, equal_lam)))
-    arm = ma_ppo.estimate(
-        "fixed", rewards, values, seg, mask, lam, Config(sigma="own", gamma=gamma)
-    )
+    cfg = Config(sigma="own", gamma=gamma, lam=lam)
+    arm = ma_ppo.assign_credit("fixed", rewards, values, seg, mask, cfg)
     assert torch.equal(arm[0], advantages) and torch.equal(arm[1], targets)
 
 
@@ -705,17 +704,18 @@ def test_stages_share_settings_and_those_of_other_data_are_refused(monkeypatch, 
         assert (stage.seed, stage.max_response, stage.split) == (7, 32, [30, 30, 40])
         assert stage.compile and (stage.lr, stage.steps) == (usual.lr, usual.steps)
     sft.write_json(tmp_path / "run.json", {"config": asdict(made[0])})
-    ma_ppo.check_stage(tmp_path, replace(made[0], seed=3, lr=1.0, steps=9))
+    ma_ppo.run_stage(sft, str(tmp_path), replace(cfg, seed=3, lr=1.0, steps=9))
+    assert len(made) == 2
     for other in ({"task": "toy-code"}, {"max_response": 9}, {"split": [9, 9, 82]}):
         with pytest.raises(SystemExit):
-            ma_ppo.check_stage(tmp_path, replace(made[0], **other))
+            ma_ppo.run_stage(sft, str(tmp_path), replace(cfg, **other))
         assert f"--{next(iter(other))}" in capsys.readouterr().err
 
 
 def test_a_critic_is_kept_and_can_be_a_reward_model(toy):
     cfg = ma_ppo.parse([*toy.stages[:2], "--reward_model", str(toy.folder / "fixed/critic")])
-    models = ma_ppo.load_models("fixed", cfg, torch.device("cpu"))[0]
-    before = reward.ScalarModel.load(toy.folder / "reward")
+    models, _, tokenizer = ma_ppo.load_models("fixed", cfg, torch.device("cpu"))
+    before = reward.ScalarModel.load(toy.folder / "reward", tokenizer)
     (checkpoint,) = sft.checkpoints(toy.folder / "fixed")
     learned = ma_ppo.load_models("fixed", cfg, torch.device("cpu"))[:2]
     state = sft.training_state(*learned)

@@ -31,6 +31,7 @@ from reward import PAIR, ScalarModel, gold_score, last_token_scores, preference_
 
 PROMPTS = [[2, 3, 4, 5, 6], [7], [3, 3, 9]]
 RESPONSES = [[4, 1], [5, 6, 7, 8, 1], [9, 10]]
+ELEVEN = SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(11)})  # a tokenizer's words
 
 
 def config(**options):
@@ -106,13 +107,13 @@ def test_micro_batches_and_ranks_add_up_to_one_batch(model):
 def test_a_saved_model_scores_the_same_after_loading(model, tmp_path):
     nn.init.constant_(model.head.bias, 0.7)
     model.save_pretrained(tmp_path)
-    assert torch.equal(ScalarModel.load(tmp_path)(batch()), model(batch()))
+    assert torch.equal(ScalarModel.load(tmp_path, ELEVEN)(batch()), model(batch()))
 
 
 def test_a_causal_lm_gives_its_trunk_and_a_fresh_head_of_the_right_spread(tmp_path):
     causal = LlamaForCausalLM(config()).eval()
     causal.save_pretrained(tmp_path)
-    model = ScalarModel.load(tmp_path)
+    model = ScalarModel.load(tmp_path, ELEVEN)
     for name, parameter in causal.model.state_dict().items():
         assert torch.equal(parameter, model.trunk.state_dict()[name])
     assert float(model.head.bias.detach()) == 0
@@ -126,10 +127,10 @@ def test_a_classifier_folder_equals_its_scalar_model_and_one_of_three_labels_is_
         classifier.eval().save_pretrained(tmp_path)
         if labels == 3:
             with pytest.raises(SystemExit):
-                ScalarModel.load(tmp_path)
+                ScalarModel.load(tmp_path, ELEVEN)
             continue
         wanted = classifier(batch().tokens, attention_mask=batch().attention)
-        scores = last_token_scores(ScalarModel.load(tmp_path), batch())
+        scores = last_token_scores(ScalarModel.load(tmp_path, ELEVEN), batch())
         assert torch.allclose(scores, wanted.logits.squeeze(1), atol=1e-5)
 
 
@@ -171,8 +172,8 @@ def test_accuracy_counts_right_pairs_without_noise_too_and_centring_moves_the_me
         "pairs_noiseless": len(noiseless),
         "accuracy_noiseless": sum(noiseless) / len(noiseless),
     }
-    before = sum(score(row, "response") for row in rows) / 20
-    assert reward.center(model, rows, tokenizer, cfg) == pytest.approx(-before, abs=1e-5)
+    assert abs(sum(score(row, "response") for row in rows)) > 0.1
+    reward.center(model, rows, tokenizer, cfg)
     assert sum(score(row, "response") for row in rows) / 20 == pytest.approx(0, abs=1e-5)
 
 

@@ -211,7 +211,7 @@ def test_a_bf16_model_is_saved_in_fp32_with_all_its_ends_and_a_pad_and_says_so(t
     sft.save_models(sft.load_causal_lm(folder), tmp_path / "b")
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and all(line.startswith(folder) for line in said)
-    assert "float32" in said[0] and "PAD" in said[1]
+    assert "PAD" in said[0] and "float32" in said[1]
     found = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
     assert found.dtype == torch.float32
     assert torch.equal(found.model.norm.weight, model.model.norm.weight.float())
