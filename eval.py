@@ -240,7 +240,7 @@ def seeds(args):
     """Arms over several seeds: differences within each seed, and what they let one say.
 
     In brackets the 95 % interval of the mean difference (Student's t). "equivalent": all of it lies
-    within the margin; "different": all of it lies on one side of 0; or else "cannot tell".
+    within the margin; "different": all of it lies on one side of 0 (or both); "cannot tell".
     --margin: of scores, in standard deviations of the SFT model's samples; of all other measures,
     as a share of the mean of --versus.
     """
@@ -289,7 +289,7 @@ def margin_of(name, baseline, margin):
 
 
 def in_words(values, others, margin):
-    """One measure of an arm against that of the baseline, a value a seed: difference and verdict.
+    """One measure of an arm against that of --versus, a value a seed: difference and verdict.
 
     >>> in_words([4.3, 5.1, 5.4, 4.8, 4.7], [3.9, 4.6, 5.1, 4.2, 4.4], margin=0.2)
     ('0.42 [0.26, 0.58]', 'different')
@@ -405,7 +405,7 @@ def samples_of(folder, cfg, temperature, count, args):
     jobs = [job for key, job in wanted.items() if key not in kept]
     if jobs:
         drawn = draw(jobs, temperature, model, cfg, device)
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         sft.append(path, *(row | {"drawn_with": stamp} for row in drawn))
         kept |= {(temperature, row["prompt"], row["sample"]): row for row in drawn}
     rows = [kept[key] for key in wanted]
@@ -776,9 +776,8 @@ def correlation(sums, axis):
 
 # Appendix D. The horizon
 #
-# News of the score reaches an early token through the decisions in between, each of which passes a
-# share λ of it on. If macro actions do nothing but make these decisions fewer, their length n and λ
-# matter only together, as the tokens that credit spans; runs of equal horizon learn equally fast.
+# If macro actions do nothing but make decisions fewer, their length n and λ matter only together,
+# as the tokens that credit spans: then runs of equal horizon learn equally fast.
 def horizon(args):
     """Learning speed (mean score of all steps) against the effective horizon H = n / (1 - λ).
 

@@ -156,7 +156,7 @@ class Config(sft.Config):
 # token, -1 less -1 is no surprise, and that is right. But behind the end V is 0: there the surprise
 # is 3 + 0 - (-1) = 4. So whatever ends is praised for ending, and responses shrink at first.
 def load_models(arm, cfg, device):
-    """Policy and reference start from the SFT model, reward model and critic from the RM.
+    """Policy and reference are copies of the SFT model, reward model and critic of chapter 2's.
 
     Programs, and a --reward, need no RM: there (or with --critic_start sft) the critic is the SFT
     model's trunk under a fresh head. `rloo` has no critic.
@@ -246,8 +246,7 @@ def train(arm, out, cfg, device):
     sft.save_models([policy, tokenizer], out / "model")
     if "critic" in models:  # it can be a --reward_model
         sft.save_models([models["critic"], tokenizer], out / "critic")
-    run = {"config": asdict(cfg), "result": {"arm": arm}}
-    sft.write_json(out / "run.json", run)
+    sft.write_json(out / "run.json", {"config": asdict(cfg), "result": {"arm": arm}})
 
 
 # Step 1. Sampling.
@@ -476,7 +475,7 @@ def cut(arm, rollout, ref_logprobs, tokenizer, cfg):
     """Mark where macro actions begin (chapter 3).
 
     `control` and `rloo` are no terminations: their actions are single tokens. ref_logprobs: [B, T].
-    Returns (starts BoolTensor [B, T], share of sentences or programs that could not be parsed).
+    Returns (starts BoolTensor [B, T], share of programs that could not be parsed).
     """
     responses = segment.Responses(rollout.batch.mask, rollout.tokens, tokenizer, ngram=cfg.ngram)
     responses.ref_logprobs = ref_logprobs
@@ -900,7 +899,7 @@ def draw_curves(folders, cfg):
 #     kl                            sum of log pi - log pi_ref over a response, nats
 #     response_length, eos_rate     tokens; share of the responses that end
 #     macro_actions, macro_length   per response; tokens in one
-#     parse_fallback                share of sentences or programs that could not be parsed
+#     parse_fallback                `ast`: share of programs that could not be parsed
 #     entropy                       of the policy's next token, nats
 #     ref_surprise                  of a token: -log pi_ref, how strange the reference finds it
 #     explained_variance            of the rewards to come, by the critic: see the function

@@ -15,7 +15,7 @@ score 0 on average: "better than the human answer" becomes "above zero", and run
     torchrun --nproc_per_node=2 reward.py             # the same run on two processes
 
 Look at the accuracy it prints: the share of held-out pairs in which the preferred response scores
-higher. 0.5 is chance. On the toy it is about 0.81, and 0.87 where the labels have no noise.
+higher. 0.5 is chance. On the toy it is about 0.82, and 0.87 where the labels have no noise.
 
 Contents
     the story     Config, the model, where the score sits, the loss, main, the measures

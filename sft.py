@@ -119,7 +119,7 @@ def make_batch(prompts, responses, pad, device):
     """Lay token lists out as a `Batch`.  prompts, responses: B token lists each; pad: id for gaps.
 
     PAD must not be EOS, the end mark: other code, unlike ours, finds padding by its id. It would
-    hide the ends, too, and a model that never sees an end never learns to stop.
+    take the ends for padding, and a model that never sees an end never learns to stop.
     """
     P = max(len(prompt) for prompt in prompts)
     T = max(1, *(len(response) for response in responses))
@@ -405,7 +405,6 @@ def train(cfg):
         loss = sum(map(float, micro_losses(model, test, tokenizer, token_count, cfg)))
     print0(f"SFT: cross-entropy {loss:.3f} nats a token on {len(test)} held-out demonstrations")
     save_models([model, tokenizer], out)  # Appendix A
-    # From here on the folder is complete.
     write_json(out / "run.json", {"config": asdict(cfg), "result": {"test_loss": loss}})
 
 
@@ -428,7 +427,7 @@ from tqdm import tqdm
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is no mistake
 LOGS = ("metrics.jsonl", "samples.jsonl")
-# Settings that cannot change a result: nothing is said where a run goes on with others.
+# Settings that may change: nothing is said where a run goes on with others.
 FREE = {"out", "arms", "steps", "resume", "save_every", "keep", "track", "device"}
 
 
@@ -537,7 +536,10 @@ def training_state(models, optimizers):
     """{name: state of a model and its optimizer}, whole or split among the ranks."""
     state = {}
     for name, optimizer in optimizers.items():
+        new = not optimizer.state
         weights, moments = dcp_state.get_state_dict(models[name], optimizer)
+        for of_weight in optimizer.state.values() if new else ():
+            of_weight["step"].zero_()  # to have a state, Adam has just made an update of size 0
         state[name] = {"model_state_dict": weights, "optim_state_dict": moments}
     return state
 
@@ -604,8 +606,8 @@ TEXT = {
     "reward": f"{SMALL} --steps 100 --batch_size 16 --lr 2e-4",
     "ma_ppo": f"{SMALL} --steps 40 --batch_size 32 --lr 2e-4 --critic_lr 2e-4",
 }
-NO_RM = "--split 20 0 80"  # programs need no reward model, and get at least -1
-TESTED = f"{NO_RM} --arms token fixed ast --ngram 10 --no_eos_score -1"
+NO_RM = "--split 20 0 80"  # programs need no reward model
+TESTED = f"{NO_RM} --arms token fixed ast --ngram 10 --no_eos_score -1"  # -1 is their floor
 TASK_FLAGS = {  # {task: {chapter: flags}}
     **dict.fromkeys(("tldr", "hh", "webgpt", "plain"), TEXT),
     "toy": {},

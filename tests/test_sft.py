@@ -407,6 +407,21 @@ def test_a_folder_that_another_run_writes_to_is_refused(train, tmp_path, capsys)
     train("run")
 
 
+def test_a_checkpoint_before_the_first_update_does_not_change_it():
+    found = []
+    for saves in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 1)
+        optimizer = sft.make_optimizer(model)
+        if saves:
+            state = sft.training_state({"a": model}, {"a": optimizer})["a"]["optim_state_dict"]
+            numbers = [x for kept in state["state"].values() for x in kept.values()]
+            assert len(numbers) == 6 and not any(x.any() for x in numbers)
+        sft.update(model, optimizer, [model(torch.ones(1, 3)).sum() ** 2], 0.1)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*found)
+
+
 def test_what_is_not_finite_is_null_in_logs(tmp_path):
     sft.append(tmp_path / "log.jsonl", {"step": 0, "loss": math.nan}, {"step": 1})
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 0, "loss": null}\n{"step": 1}\n'
