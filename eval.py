@@ -240,7 +240,7 @@ def seeds(args):
     """Arms over several seeds: differences within each seed, and what they let one say.
 
     In brackets the 95 % interval of the mean difference (Student's t). "equivalent": all of it lies
-    within the margin; "different": all of it lies on one side of 0 (or both); "cannot tell".
+    within the margin; "different": all of it lies on one side of 0; else "cannot tell".
     --margin: of scores, in standard deviations of the SFT model's samples; of all other measures,
     as a share of the mean of --versus.
     """
@@ -391,6 +391,8 @@ def samples_of(folder, cfg, temperature, count, args):
     if cfg.reward:
         stamp.append(os.stat(cfg.reward.rpartition(":")[0]).st_mtime)
     for part in filter(None, [model.resolve(), cfg.sft, cfg.reward_model]):  # maybe without RM
+        if os.path.isabs(part) and not Path(part).is_dir():  # others are on the hub
+            fail(f"{part}: no such folder")
         stamp += [file.stat().st_mtime for file in sorted(Path(part).glob("*.safetensors"))]
     kept = {}
     for row in sft.gather(read_rows(path) if sft.rank() == 0 else []):
@@ -405,7 +407,7 @@ def samples_of(folder, cfg, temperature, count, args):
     jobs = [job for key, job in wanted.items() if key not in kept]
     if jobs:
         drawn = draw(jobs, temperature, model, cfg, device)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         sft.append(path, *(row | {"drawn_with": stamp} for row in drawn))
         kept |= {(temperature, row["prompt"], row["sample"]): row for row in drawn}
     rows = [kept[key] for key in wanted]
@@ -617,10 +619,7 @@ def asked(judge, a, b, args):
 
 
 def winner(answer, order):
-    """The verdict in an answer to a question that showed the responses in this order.
-
-    A judge may think aloud first: the last "winner" counts.
-    """
+    """The verdict of an answer, in which the last "winner" counts, on responses in this order."""
     named = re.findall(r'"winner"\s*:\s*"?(\w+)', answer)
     names = {"1": order[0], "2": order[1], "tie": "tie"}
     return names.get(named[-1], "none") if named else "none"

@@ -166,16 +166,18 @@ def load_models(arm, cfg, device):
     length = cfg.max_prompt + cfg.max_response
     policy, tokenizer = sft.load_causal_lm(cfg.sft, length)
     models = {"policy": policy, "reference": copy.deepcopy(policy).requires_grad_(False)}
+    for model in models.values():  # on a GPU, or split, before the next ones need memory
+        sft.prepare(model, cfg, device)
     if has_rm(cfg):
         reward.check_vocabulary(cfg.reward_model, tokenizer)
         critic = reward.ScalarModel.load(cfg.reward_model, tokenizer)
         models["reward"] = copy.deepcopy(critic).requires_grad_(False)
+        sft.prepare(models["reward"], cfg, device)
     if not has_rm(cfg) or cfg.critic_start == "sft":
         critic, _ = reward.start_model(cfg)
     if arm != "rloo":
         models["critic"] = critic
-    for model in models.values():
-        sft.prepare(model, cfg, device)
+        sft.prepare(critic, cfg, device)
     learning = [name for name in ("policy", "critic") if name in models]
     optimizers = {name: sft.make_optimizer(models[name]) for name in learning}
     return models, optimizers, tokenizer
@@ -854,10 +856,7 @@ def build_missing_stages(cfg):
 
 
 def run_stage(chapter, out, cfg, *flags):
-    """Run a chapter for the folder `out`, unless its finished run is there already.
-
-    One that was made for other rows, or other tokens, is refused.
-    """
+    """Run a chapter for `out`, unless it is there already; if made of other rows, it is refused."""
     flags = ["--task", cfg.task, "--out", out, "--model", cfg.model, *flags]
     if cfg.data:
         flags += ["--data", *cfg.data]

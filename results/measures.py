@@ -114,17 +114,21 @@ MEASURES = {
 }
 
 
+def numbers(seeds):
+    """ "0-1 10-11" -> [0, 1, 10, 11]"""
+    ends = [map(int, part.split("-")) for part in seeds.split()]
+    return [seed for first, last in ends for seed in range(first, last + 1)]
+
+
 def made(names, seeds, task="toy"):
     """Whether all runs of a difference are in study.csv."""
-    first, last = map(int, seeds.split("-"))
     arms = re.sub("[()]", "", names).split(" - ")
-    return all((task, x, seed) in RUNS for x in arms for seed in range(first, last + 1))
+    return all((task, x, seed) in RUNS for x in arms for seed in numbers(seeds))
 
 
 def values(arm, what, seeds, task="toy"):
     """A measure of an arm, a number a seed; seeds: "20-39"."""
-    first, last = map(int, seeds.split("-"))
-    pairs = [[RUNS[task, x, seed] for x in (arm, "token")] for seed in range(first, last + 1)]
+    pairs = [[RUNS[task, x, seed] for x in (arm, "token")] for seed in numbers(seeds)]
     return np.array([MEASURES[what](*pair) for pair in pairs])
 
 

@@ -335,7 +335,7 @@ def test_a_command_s_help_lists_its_own_options_of_which_torchrun_takes_none(fun
 )
 def test_what_cannot_work_is_one_line_with_exit_code_2(words, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings = {"arm": "token", "seed": 0, "sft": str(tmp_path / "gone"), "reward_model": "model"}
+    settings = {"arm": "token", "seed": 0, "sft": "model", "reward_model": str(tmp_path / "gone")}
     configs = {"toy": settings | {"task": "toy"}, "hh": settings | {"task": "hh"}, "model": {}}
     for folder, config in configs.items():
         Path(folder, "model").mkdir(parents=True)
