@@ -1,6 +1,6 @@
 """The pictures of the study, from study.csv.
 
-python results/figures.py     # draws study, horizon, level and readability.png in ../figures
+python results/figures.py     # draws study, long, horizon, level and readability.png in ../figures
 """
 
 from statistics import fmean
@@ -21,9 +21,10 @@ LAMBDAS = {0.9: "-lam.9", 0.95: "", 0.98: "-lam.98", 0.99: "-lam.99", 1: "-lam1"
 FAR = 8000  # tokens, where an endless horizon is drawn
 
 
-def curves(column, arms, seeds):
-    """{arm: [seeds, steps]}, smooth."""
-    return {x: np.array([smooth(RUNS["toy", x, seed][column]) for seed in seeds]) for x in arms}
+def curves(column, arms, seeds, way=""):
+    """{arm: [seeds, steps]}, smooth.  way: what is added to the names of the arms."""
+    runs = {x: [RUNS["toy", x + way, seed][column] for seed in seeds] for x in arms}
+    return {x: np.array([*map(smooth, found)]) for x, found in runs.items()}
 
 
 def lines(ax, found, title):
@@ -113,6 +114,8 @@ if __name__ == "__main__":
     twenty, arms = range(20, 40), ["token", "fixed", "control"]
     scores = curves("rm_score", arms, twenty), "RM score: what PPO raises"
     two_panels("study.png", scores, (curves("gold_score", arms, twenty), "gold score: the truth"))
+    long = [curves(x, arms, range(40, 46), "-long") for x in ("rm_score", "gold_score")]
+    two_panels("long.png", (long[0], "RM score, a quarter of the rate"), (long[1], "gold score"))
     ten, arms = range(20, 30), ["token", "control", "token-level", "token-shifted"]
     scores = curves("rm_score", arms, ten)
     ahead = {x: scores[x] - scores["token"] for x in arms[1:]}
