@@ -733,10 +733,7 @@ def effective_count(right, share):
 
 
 def wilson_interval(wins, count):
-    """The 95 % interval of a share, of which `wins` of `count` were seen (Wilson, 1927).
-
-    Unlike share +- 2 standard errors it stays within 0 and 1, and for 0 of 10 it ends at 0.278.
-    """
+    """The 95 % interval, within 0 and 1, of a share seen as `wins` of `count` (Wilson, 1927)."""
     z = 1.959964  # standard errors that hold 95 % of a normal distribution
     share = wins / count
     middle = share + z * z / (2 * count)

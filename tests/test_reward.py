@@ -132,6 +132,10 @@ def test_a_classifier_folder_equals_its_scalar_model_and_one_of_three_labels_is_
         wanted = classifier(batch().tokens, attention_mask=batch().attention)
         scores = last_token_scores(ScalarModel.load(tmp_path, ELEVEN), batch())
         assert torch.allclose(scores, wanted.logits.squeeze(1), atol=1e-5)
+        larger = SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(12)})  # with a new PAD
+        model = ScalarModel.load(tmp_path, larger)
+        assert model.trunk.get_input_embeddings().num_embeddings == 12
+        assert torch.equal(last_token_scores(model, batch()), scores)
 
 
 # Measuring, with a tokenizer that turns digits into ids
