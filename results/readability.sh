@@ -57,20 +57,21 @@ for seed in "${@:3}"; do  # before and after, on prompts that were held out
     python eval.py score --runs $out/{token,fixed,control} --sft --prompts 32 > $out/score.md
 done
 
-# The first five of these prompts, not chosen, and what seed 1's policies made of them.
-out=runs/study/readability/seed1
-python - $model $out/{token/token,fixed/fixed,control/control} > results/answers.md << 'END'
+# answers.md: the first five of these prompts, not chosen, and what the first seed's policies made of
+# them; then the scores of all 32.
+out=runs/study/readability/seed$3
+python - $3 $model $out/{token/token,fixed/fixed,control/control} > results/answers.md << 'END'
 import json
 import sys
 
 names = ["before", "token", "fixed", "control"]
 answers = {}  # {number of the prompt: [(name, row), ...]}
-for name, folder in zip(names, sys.argv[1:], strict=True):
+for name, folder in zip(names, sys.argv[2:], strict=True):
     for row in map(json.loads, open(f"{folder}/score/samples.jsonl")):
-        if row["number"] < 5 and row["drawn_with"][4] == 1:  # the seed
+        if row["number"] < 5 and row["drawn_with"][4] == int(sys.argv[1]):  # the seed
             answers.setdefault(row["number"], []).append((name, row))
-print("# Five answers before and after\n")
-print("The first five held-out prompts; SmolLM2-135M-Instruct, and its policies of seed 1.")
+print("# Five answers before and after, and the scores of 32\n")
+print("The first five held-out prompts; SmolLM2-135M-Instruct, and its policies of seed", sys.argv[1])
 for number, found in sorted(answers.items()):
     question = found[0][1]["prompt"].replace("Human:", "").replace("Assistant:", "")
     print(f"\n**{number + 1}. {question.strip()}**\n")
@@ -78,3 +79,7 @@ for number, found in sorted(answers.items()):
         text = " ⏎ ".join(filter(None, map(str.strip, row["response"].split("\n"))))
         print(f"- `{name}`, reward {row['rm_score']:.1f}, {row['kl']:.1f} nats: {text}")
 END
+for seed in "${@:3}"; do
+    printf "\n**Seed %s, 32 held-out prompts**\n\n" "$seed"
+    grep "^|" runs/study/readability/seed$seed/score.md
+done >> results/answers.md
