@@ -71,7 +71,9 @@ for name, folder in zip(names, sys.argv[2:], strict=True):
         if row["number"] < 5 and row["drawn_with"][4] == int(sys.argv[1]):  # the seed
             answers.setdefault(row["number"], []).append((name, row))
 print("# Five answers before and after, and the scores of 32\n")
-print("The first five held-out prompts; SmolLM2-135M-Instruct, and its policies of seed", sys.argv[1])
+print(f"The first five held-out prompts; SmolLM2-135M-Instruct, and its policies of seed {sys.argv[1]}.")
+print("Scores, below: rm_score is the reward, distinct the share of distinct trigrams; means, and")
+print("95 % intervals over the prompts.")
 for number, found in sorted(answers.items()):
     question = found[0][1]["prompt"].replace("Human:", "").replace("Assistant:", "")
     print(f"\n**{number + 1}. {question.strip()}**\n")
