@@ -15,6 +15,7 @@ COLOURS = {  # an arm has one colour in all pictures, and the colour-blind can t
     "control": "#009E73",
     "token-level": "#E69F00",
     "token-shifted": "#CC79A7",
+    "token-warmed": "#56B4E9",
 }
 TOKENS_PER_ACTION = {1: "#cdb4ea", 2: "#9a63cf", 5: "#6a2fa3", 10: "#2f0a57"}
 LAMBDAS = {0.9: "-lam.9", 0.95: "", 0.98: "-lam.98", 0.99: "-lam.99", 1: "-lam1"}
@@ -98,7 +99,7 @@ def readability():
     figure, axes = plt.subplots(1, 4, figsize=(11, 3), layout="constrained")
     panels = ["rm_score", "kl", "eos_rate", "explained_variance"]
     for ax, column in zip(axes, panels, strict=True):
-        for arm in ("token", "fixed", "control"):
+        for arm in ("token", "token-warmed", "fixed", "control"):
             found = [x for x in RUNS if x[:2] == ("readability", arm)]
             runs = [smooth(RUNS[x][column]) for x in found]
             for run in runs:

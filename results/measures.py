@@ -103,7 +103,7 @@ MEASURES = {
     "gold end": mean("gold_score", -5),
     "KL end": mean("kl", -5),
     "EOS rate end": mean("eos_rate", -5),
-    "EOS rate, lowest": lambda run, token: min(smooth(run["eos_rate"])),
+    "lowest EOS rate": lambda run, token: min(smooth(run["eos_rate"])),
     "ref_surprise end": mean("ref_surprise", -5),
     "length end": mean("length", -5),
     "explained variance": mean("explained_variance"),
