@@ -61,8 +61,8 @@ for seed in "${@:3}"; do  # before and after, on prompts that were held out
     python eval.py score --runs $out/{token,fixed,control} --sft --prompts 32 > $out/score.md
 done
 
-# answers.md: the first five of these prompts, not chosen, and what the first seed's policies made of
-# them; then the scores of all 32.
+# answers.md: the first five of these prompts, not chosen, and what the first seed's policies
+# made of them; then the scores of all 32.
 out=runs/study/readability/seed$3
 python - $3 $model $out/{token/token,fixed/fixed,control/control} > results/answers.md << 'END'
 import json
@@ -75,7 +75,8 @@ for name, folder in zip(names, sys.argv[2:], strict=True):
         if row["number"] < 5 and row["drawn_with"][4] == int(sys.argv[1]):  # the seed
             answers.setdefault(row["number"], []).append((name, row))
 print("# Five answers before and after, and the scores of 32\n")
-print(f"The first five held-out prompts; SmolLM2-135M-Instruct, and its policies of seed {sys.argv[1]}.")
+print("The first five held-out prompts;")
+print(f"SmolLM2-135M-Instruct, and its policies of seed {sys.argv[1]}.")
 print("Scores, below: rm_score is the reward, distinct the share of distinct trigrams; means, and")
 print("95 % intervals over the prompts.")
 for number, found in sorted(answers.items()):

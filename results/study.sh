@@ -6,7 +6,7 @@
 #     bash results/study.sh toy 20         # makes these; the same again goes on where it was
 #     bash results/study.sh                # makes all: about fifteen hours on two cores
 #
-# What arms.csv has a `change` for is left out: the product cannot make it (see README.md).
+# What arms.csv has a `change` for is left out: it is made otherwise (see README.md).
 # A run is written to runs/study/TASK/seedK/ARM, and what it printed to ARM.log beside it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
